@@ -1,0 +1,5 @@
+"""The one exception that is the user's to mend."""
+
+
+class InputError(Exception):
+    """Bad input. ``str(error)`` is one line: what is wrong, where, and how to mend it. The command line exits with 2."""

@@ -1,0 +1,1 @@
+"""Everything that runs ONNX Runtime: sessions, feeds, statistics, drift, timing."""

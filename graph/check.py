@@ -1,0 +1,87 @@
+"""What a graph must be before anything is done with it: every value defined once, before it is read, no cycle."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import onnx
+
+from .errors import InputError
+
+
+def check_structure(graph: onnx.GraphProto, where: str | PathLike[str]) -> None:
+    """Check names and wiring of ``graph`` and of every graph inside it. The order of nodes does not matter.
+
+    Raises:
+        InputError: a value is defined twice or never, or nodes form a cycle.
+    """
+    _check(graph, frozenset(), str(where))
+
+
+def _check(graph: onnx.GraphProto, outer: frozenset[str], where: str) -> None:
+    given = [info.name for info in graph.input]
+    constants = [tensor.name for tensor in graph.initializer]
+    constants += [tensor.values.name for tensor in graph.sparse_initializer]
+    defined = set(given) | set(constants)
+    if len(set(given)) < len(given) or len(set(constants)) < len(constants):
+        name = next(name for names in (given, constants) for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: the value '{name}' is defined twice: export the model again")
+    producer: dict[str, int] = {}
+    for number, node in enumerate(graph.node):
+        for name in node.output:
+            if not name:
+                continue
+            if name in defined or name in producer:
+                raise InputError(f"{where}: the value '{name}' is defined twice (node '{_title(node)}'): "
+                                 "export the model again")
+            producer[name] = number
+    visible = outer | defined | set(producer)
+    for node in graph.node:
+        for name in node.input:
+            if name and name not in visible:
+                raise InputError(f"{where}: node '{_title(node)}' reads '{name}', which nothing defines: "
+                                 "export the model again")
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _check(inner, visible, where)
+    for info in graph.output:
+        if info.name not in visible:
+            raise InputError(f"{where}: the output '{info.name}' is computed by no node: export the model again")
+    _check_acyclic(graph, producer, where)
+
+
+def _check_acyclic(graph: onnx.GraphProto, producer: dict[str, int], where: str) -> None:
+    waits = [0] * len(graph.node)
+    consumers: list[list[int]] = [[] for _ in graph.node]
+    for number, node in enumerate(graph.node):
+        for source in {producer[name] for name in reads(node) if name in producer}:
+            waits[number] += 1
+            consumers[source].append(number)
+    ready = [number for number, count in enumerate(waits) if not count]
+    done = 0
+    while ready:
+        done += 1
+        for number in consumers[ready.pop()]:
+            waits[number] -= 1
+            if not waits[number]:
+                ready.append(number)
+    if done < len(graph.node):
+        stuck = next(node for node, count in zip(graph.node, waits, strict=True) if count)
+        raise InputError(f"{where}: the graph has a cycle through node '{_title(stuck)}': export the model again")
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """Names that ``node`` may read: its inputs and all names read inside its subgraphs."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            local = {name for other in inner.node for name in other.output} | {info.name for info in inner.input}
+            inside = {info.name for info in inner.output}
+            for other in inner.node:
+                inside |= reads(other)
+            found |= inside - local
+    return found
+
+
+def _title(node: onnx.NodeProto) -> str:
+    return node.name or node.op_type

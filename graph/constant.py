@@ -1,0 +1,232 @@
+"""Values that do not depend on the input, read through whatever an exporter wrapped around them.
+
+A weight may be an initializer, a Constant node, or either behind Identity, Cast, Transpose, Reshape, Squeeze, Unsqueeze,
+Gather, Slice or DequantizeLinear. ``fold`` finds shape and type without reading the weight; ``load`` computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from .edit import producer
+from .types import numpy_type
+
+Array = npt.NDArray[Any]
+_DEPTH = 16
+
+
+@dataclass(eq=False)
+class Folded:
+    """A value known when the model is built.
+
+    Attributes:
+        shape: its dimensions.
+        onnx_type: its element type (``TensorProto.DataType``).
+        load: computes a fresh array of that shape.
+        sources: the initializers or Constant attributes it is computed from, the weight itself first.
+        nodes: the nodes between those and the value, outermost first.
+        quantized: a DequantizeLinear is among them.
+        overridable: it comes from an initializer that is also an input, so the caller may give another value.
+    """
+
+    shape: tuple[int, ...]
+    onnx_type: int
+    load: Callable[[], Array]
+    sources: list[gs.Constant]
+    nodes: list[gs.Node] = field(default_factory=list)
+    quantized: bool = False
+    overridable: bool = False
+
+
+def fold(tensor: gs.Tensor, depth: int = _DEPTH) -> Folded | None:
+    """``tensor`` as a constant, or None if it depends on an input (or is computed in a way not read here)."""
+    if isinstance(tensor, gs.Constant):
+        values = tensor._values
+        return Folded(tuple(values.shape), values.onnx_type, values.load, [tensor])
+    node = producer(tensor)
+    default = getattr(tensor, "default", None)
+    if default is not None:
+        return Folded(tuple(default.shape), default.onnx_type, default.load, [tensor], overridable=True)
+    if node is None or depth == 0:
+        return None
+    if node.op == "Constant" and not node.domain:
+        return _constant_node(node)
+    rule = _RULES.get(node.op)
+    if rule is None or node.domain not in (None, "", "ai.onnx"):
+        return None
+    if len(node.outputs) != 1:
+        return None
+    parts = [fold(value, depth - 1) if value.name else None for value in node.inputs]
+    if any(part is None and value.name for part, value in zip(parts, node.inputs, strict=True)):
+        return None
+    result = rule(node, *parts)
+    if result is not None:
+        result.nodes = [node, *(inner for part in parts if part is not None for inner in part.nodes)]
+        result.sources = [source for part in parts if part is not None for source in part.sources]
+        result.quantized |= any(part.quantized for part in parts if part is not None)
+        result.overridable = any(part.overridable for part in parts if part is not None)
+    return result
+
+
+def small(tensor: gs.Tensor, limit: int = 1 << 20) -> Array | None:
+    """The array of a constant of at most ``limit`` elements, else None."""
+    folded = fold(tensor)
+    if folded is None or int(np.prod(folded.shape, dtype=np.int64)) > limit:
+        return None
+    return folded.load()
+
+
+def scalar(tensor: gs.Tensor) -> float | None:
+    """The number in a constant of one element, else None."""
+    folded = fold(tensor)
+    if folded is None or any(dim != 1 for dim in folded.shape):
+        return None
+    return float(folded.load().reshape(()).astype(np.float64))
+
+
+def integers(tensor: gs.Tensor) -> list[int] | None:
+    """The numbers in a constant list of integers, else None."""
+    values = small(tensor, 1 << 16)
+    return None if values is None or values.dtype.kind not in "iu" else [int(v) for v in values.reshape(-1)]
+
+
+def _constant_node(node: gs.Node) -> Folded | None:
+    if "value" in node.attrs and isinstance(node.attrs["value"], gs.Constant):
+        constant = node.attrs["value"]
+        return Folded(tuple(constant._values.shape), constant._values.onnx_type, constant._values.load, [constant], [node])
+    for key, kind in (("value_float", np.float32), ("value_floats", np.float32),
+                      ("value_int", np.int64), ("value_ints", np.int64)):
+        if key in node.attrs:
+            array = np.asarray(node.attrs[key], kind)
+            return _computed(array.shape, onnx.TensorProto.FLOAT if kind is np.float32 else onnx.TensorProto.INT64,
+                             array.copy, nodes=[node])
+    return None
+
+
+def _computed(shape: tuple[int, ...], onnx_type: int, load: Callable[[], Array], nodes: list[gs.Node] | None = None,
+              quantized: bool = False) -> Folded:
+    return Folded(tuple(shape), onnx_type, load, [], nodes or [], quantized)
+
+
+def _identity(node: gs.Node, x: Folded, *_: Folded | None) -> Folded:
+    return _computed(x.shape, x.onnx_type, x.load)
+
+
+def _cast(node: gs.Node, x: Folded, like: Folded | None = None) -> Folded:
+    kind = like.onnx_type if like is not None else int(node.attrs["to"])
+    return _computed(x.shape, kind, lambda: x.load().astype(numpy_type(kind)))
+
+
+def _transpose(node: gs.Node, x: Folded) -> Folded:
+    perm = node.attrs.get("perm") or list(range(len(x.shape)))[::-1]
+    return _computed(tuple(x.shape[axis] for axis in perm), x.onnx_type, lambda: x.load().transpose(perm))
+
+
+def _reshape(node: gs.Node, x: Folded, shape: Folded) -> Folded | None:
+    target = [int(dim) for dim in shape.load().reshape(-1)]
+    if not node.attrs.get("allowzero", 0):
+        target = [x.shape[i] if dim == 0 and i < len(x.shape) else dim for i, dim in enumerate(target)]
+    size = int(np.prod(x.shape, dtype=np.int64))
+    if target.count(-1) == 1:
+        rest = int(np.prod([dim for dim in target if dim != -1], dtype=np.int64))
+        target[target.index(-1)] = size // rest if rest else 0
+    if int(np.prod(target, dtype=np.int64)) != size or min(target, default=0) < 0:
+        return None
+    return _computed(tuple(target), x.onnx_type, lambda: x.load().reshape(target))
+
+
+def _axes(node: gs.Node, axes: Folded | None) -> list[int] | None:
+    if axes is not None:
+        return [int(axis) for axis in axes.load().reshape(-1)]
+    found = node.attrs.get("axes")
+    return None if found is None else list(found)
+
+
+def _unsqueeze(node: gs.Node, x: Folded, axes: Folded | None = None) -> Folded | None:
+    where = _axes(node, axes)
+    if where is None:
+        return None
+    rank = len(x.shape) + len(where)
+    chosen = {axis % rank for axis in where}
+    rest = iter(x.shape)
+    shape = tuple(1 if i in chosen else next(rest) for i in range(rank))
+    return _computed(shape, x.onnx_type, lambda: x.load().reshape(shape))
+
+
+def _squeeze(node: gs.Node, x: Folded, axes: Folded | None = None) -> Folded:
+    where = _axes(node, axes)
+    gone = {axis % len(x.shape) for axis in where} if where else {i for i, dim in enumerate(x.shape) if dim == 1}
+    shape = tuple(dim for i, dim in enumerate(x.shape) if i not in gone)
+    return _computed(shape, x.onnx_type, lambda: x.load().reshape(shape))
+
+
+def _gather(node: gs.Node, x: Folded, indices: Folded) -> Folded:
+    axis = int(node.attrs.get("axis", 0)) % len(x.shape)
+    shape = x.shape[:axis] + indices.shape + x.shape[axis + 1:]
+    return _computed(shape, x.onnx_type, lambda: np.take(x.load(), indices.load().astype(np.int64), axis=axis))
+
+
+def _slice(node: gs.Node, x: Folded, *bounds: Folded | None) -> Folded | None:
+    if bounds:
+        numbers = [None if part is None else [int(v) for v in part.load().reshape(-1)] for part in bounds]
+    else:
+        numbers = [list(node.attrs["starts"]), list(node.attrs["ends"]), node.attrs.get("axes")]
+    numbers += [None] * (4 - len(numbers))
+    starts, ends, axes, steps = numbers
+    if starts is None or ends is None:
+        return None
+    index: list[slice] = [slice(None)] * len(x.shape)
+    for i, axis in enumerate(axes or range(len(starts))):
+        step = steps[i] if steps else 1
+        end: int | None = ends[i]
+        if step < 0 and ends[i] < -x.shape[axis]:
+            end = None
+        index[axis % len(x.shape)] = slice(starts[i], end, step)
+    shape = tuple(len(range(*part.indices(dim))) for part, dim in zip(index, x.shape, strict=True))
+    return _computed(shape, x.onnx_type, lambda: x.load()[tuple(index)])
+
+
+def _dequantize(node: gs.Node, x: Folded, scale: Folded, zero: Folded | None = None) -> Folded:
+    axis = int(node.attrs.get("axis", 1))
+    block = int(node.attrs.get("block_size", 0) or 0)
+
+    def load() -> Array:
+        scales, zeros = _spread(scale.load().astype(np.float32), x.shape, axis, block), np.float32(0)
+        if zero is not None:
+            zeros = _spread(zero.load().astype(np.float32), x.shape, axis, block)
+        result: Array = ((x.load().astype(np.float32) - zeros) * scales).astype(numpy_type(scale.onnx_type))
+        return result
+
+    return _computed(x.shape, scale.onnx_type, load, quantized=True)
+
+
+def _spread(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
+    """Per-tensor, per-axis or blocked parameters so that they broadcast against ``shape``."""
+    if values.size == 1:
+        return values.reshape(())
+    if block:
+        return np.repeat(values, block, axis=axis)[tuple(slice(dim) for dim in shape)]
+    view = [1] * len(shape)
+    view[axis % len(shape)] = -1
+    return values.reshape(view)
+
+
+def _binary(function: Callable[[Array, Array], Array]) -> Callable[..., Folded | None]:
+    def rule(node: gs.Node, a: Folded, b: Folded) -> Folded:
+        return _computed(np.broadcast_shapes(a.shape, b.shape), a.onnx_type,
+                         lambda: np.asarray(function(a.load(), b.load())))
+    return rule
+
+
+_RULES: dict[str, Callable[..., Folded | None]] = {
+    "Identity": _identity, "Cast": _cast, "CastLike": _cast, "Transpose": _transpose, "Reshape": _reshape,
+    "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Gather": _gather, "Slice": _slice, "DequantizeLinear": _dequantize,
+    "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply),
+}

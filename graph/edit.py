@@ -1,0 +1,118 @@
+"""Edits of the view that onnx-graphsurgeon does by comparing whole nodes: here by identity, in linear time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_graphsurgeon as gs
+
+from .sort import reads
+
+
+def consumers(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read ``tensor``, each once. A node whose subgraph reads it counts by the inner node."""
+    return list({id(node): node for node in tensor.outputs}.values())
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes ``tensor``, or None for an input or a constant."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Let input ``index`` of ``node`` be ``tensor``."""
+    old = node.inputs[index]
+    list.__setitem__(node.inputs, index, tensor)
+    _forget(old.outputs, node)
+    list.append(tensor.outputs, node)
+
+
+def set_inputs(node: gs.Node, tensors: Iterable[gs.Tensor]) -> None:
+    """Let the inputs of ``node`` be ``tensors``."""
+    for old in list(node.inputs):
+        _forget(old.outputs, node)
+    list.clear(node.inputs)
+    for tensor in tensors:
+        list.append(node.inputs, tensor)
+        list.append(tensor.outputs, node)
+
+
+def replace_uses(old: gs.Tensor, new: gs.Tensor, *, except_in: Iterable[gs.Node] = ()) -> None:
+    """Let every node that reads ``old`` read ``new`` instead. Graph outputs are not nodes: see :func:`substitute`."""
+    kept = {id(node) for node in except_in}
+    for node in consumers(old):
+        if id(node) not in kept:
+            for index, tensor in enumerate(node.inputs):
+                if tensor is old:
+                    set_input(node, index, new)
+
+
+def substitute(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Put ``new`` in the place of ``old`` everywhere; where ``old`` is an output of ``graph`` its name stays.
+
+    ``old`` loses its producer. When ``old`` is a graph output, the node that makes ``new`` makes ``old`` from now on
+    (through an Identity where ``new`` is an input, a constant or an output itself).
+    """
+    node = producer(old)
+    if not any(tensor is old for tensor in graph.outputs):
+        replace_uses(old, new)
+        return
+    if node is not None:
+        index = next(i for i, tensor in enumerate(node.outputs) if tensor is old)
+        list.__setitem__(node.outputs, index, gs.Variable.empty())
+        list.clear(old.inputs)
+    maker = producer(new)
+    if maker is None or any(tensor is new for tensor in graph.outputs) or not any(n is maker for n in graph.nodes):
+        graph.nodes.append(gs.Node("Identity", inputs=[new], outputs=[old]))
+        return
+    index = next(i for i, tensor in enumerate(maker.outputs) if tensor is new)
+    list.__setitem__(maker.outputs, index, old)
+    list.append(old.inputs, maker)
+    list.clear(new.inputs)
+    replace_uses(new, old)
+
+
+def remove_dead(graph: gs.Graph, seeds: Iterable[gs.Node]) -> int:
+    """Remove those of ``seeds`` whose outputs nothing reads, then what only they read, and so on upwards.
+
+    Nodes that were dead before and are not reached from ``seeds`` stay (``clean-up`` is the pass for those).
+
+    Returns:
+        The number of nodes removed.
+    """
+    outputs = {id(tensor) for tensor in graph.outputs}
+    present = {id(node) for node in graph.nodes}
+    pending = list(seeds)
+    dead: set[int] = set()
+    while pending:
+        node = pending.pop()
+        if id(node) in dead or id(node) not in present:
+            continue
+        if any(tensor.outputs or id(tensor) in outputs for tensor in node.outputs):
+            continue
+        dead.add(id(node))
+        sources = [producer(tensor) for tensor in reads(node)]
+        detach(node)
+        pending += [source for source in sources if source is not None]
+    if dead:
+        graph.nodes = [node for node in graph.nodes if id(node) not in dead]
+    return len(dead)
+
+
+def detach(node: gs.Node) -> None:
+    """Take ``node`` out of the wiring: nothing lists it as producer or consumer any more."""
+    set_inputs(node, ())
+    for tensor in node.outputs:
+        _forget(tensor.inputs, node)
+    list.clear(node.outputs)
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            for inner in value.nodes:
+                detach(inner)
+
+
+def _forget(nodes: list[gs.Node], node: gs.Node) -> None:
+    for index, other in enumerate(nodes):
+        if other is node:
+            list.__delitem__(nodes, index)
+            return

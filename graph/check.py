@@ -84,4 +84,4 @@ def reads(node: onnx.NodeProto) -> set[str]:
 
 
 def _title(node: onnx.NodeProto) -> str:
-    return node.name or node.op_type
+    return str(node.name or node.op_type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def select(tensor: gs.Tensor, axis: int, width: int, linears: Mapping[int, Linea
     found = _trace(tensor, axis, linears, _DEPTH)
     if found is None:
         return None
-    linear, columns, nodes = found
+    _, columns, nodes = found
     if len(columns) != width or not nodes or all(node.op in ALIASES for node in nodes):
         return None
     return found
@@ -139,6 +139,6 @@ def _number(tensor: gs.Tensor, cut: gs.Tensor, axis: int, width: int) -> int | N
     return None
 
 
-_ARITHMETIC = {"Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b,
+_ARITHMETIC: dict[str, Callable[[int, int], int | None]] = {"Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b,
                "Div": lambda a, b: a // b if b else None}
 _CUTTERS = {"Split": _split, "Slice": _slice, "Gather": _gather, "SequenceAt": _sequence_at}

@@ -198,7 +198,8 @@ def _dequantize(node: gs.Node, x: Folded, scale: Folded, zero: Folded | None = N
     block = int(node.attrs.get("block_size", 0) or 0)
 
     def load() -> Array:
-        scales, zeros = _spread(scale.load().astype(np.float32), x.shape, axis, block), np.float32(0)
+        scales = _spread(scale.load().astype(np.float32), x.shape, axis, block)
+        zeros: Array = np.zeros((), np.float32)
         if zero is not None:
             zeros = _spread(zero.load().astype(np.float32), x.shape, axis, block)
         result: Array = ((x.load().astype(np.float32) - zeros) * scales).astype(numpy_type(scale.onnx_type))

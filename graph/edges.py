@@ -66,7 +66,8 @@ def block_edges(region: Region, down: Linear) -> Edges | str:
 
 def _behind(down: Linear) -> tuple[gs.Tensor, list[gs.Node], list[Callable[[], Array]]]:
     """The output with a bias that is added behind silent operators, the nodes up to it, and that bias."""
-    tensor, passed = down.output, []
+    tensor = down.output
+    passed: list[gs.Node] = []
     if down.bias is not None or down.experts != 1:
         return down.output, [], []
     for _ in range(6):

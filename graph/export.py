@@ -64,8 +64,7 @@ class Exporter:
     def _node(self, node: gs.Node) -> tuple[onnx.NodeProto, bool]:
         inner = {key: self._graph(value) for key, value in node.attrs.items() if isinstance(value, gs.Graph)}
         origin = getattr(node, "origin", None)
-        same = origin is not None and origin.signature == signature(node)
-        if same and not any(changed for _, changed in inner.values()):
+        if origin is not None and origin.signature == signature(node) and not any(changed for _, changed in inner.values()):
             return origin.proto, False
         proto = onnx.NodeProto(op_type=node.op, name=node.name, domain=node.domain or "")
         before: dict[str, onnx.AttributeProto] = {}

@@ -21,6 +21,7 @@ from .residual import Ancestors, Join, find_join
 from .shapes import root
 from .sort import topological
 
+
 @dataclass(eq=False)
 class Projection:
     """A linear of a block, or those of its columns that the block uses as its up or gate projection.
@@ -211,7 +212,7 @@ def _search(model: Model) -> FFNBlocks:
     order: list[tuple[str, gs.Graph, Linear]] = []
     positions: dict[int, int] = {}
     exits: dict[int, list[gs.Tensor]] = {}
-    for path, graph, nodes in reversed(graphs):  # inner graphs first: what they compute comes before the node around them
+    for _, _, nodes in reversed(graphs):  # inner graphs first: what they compute comes before the node around them
         for node in nodes:
             positions[id(node)] = len(positions)
             _note_exits(node, exits)

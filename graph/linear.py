@@ -104,9 +104,10 @@ def _plain(node: gs.Node, x: gs.Tensor, weight: gs.Tensor, trans: bool, alpha: f
         return None
     d_in, d_out, load = matrix
     experts = folded.shape[0] if len(folded.shape) == 3 else 1
-    return Linear(node.op, node, [node], x, node.outputs[0], d_in, d_out, _scaled(load, alpha), None, folded.onnx_type,
-                  axis=axis, overridable=folded.overridable, source=folded.sources[0] if folded.sources else None, quantized=folded.quantized, experts=experts,
-                  gathered=gathered, weight_key=_weight_key(folded, weight, trans))
+    return Linear(node.op, node, [node], x, node.outputs[0], d_in, d_out, _scaled(load, alpha), None,
+                  folded.onnx_type, axis=axis, source=folded.sources[0] if folded.sources else None,
+                  quantized=folded.quantized, experts=experts, gathered=gathered, overridable=folded.overridable,
+                  weight_key=_weight_key(folded, weight, trans))
 
 
 def _weight_key(folded: Folded, weight: gs.Tensor, trans: bool) -> tuple[object, ...] | None:

@@ -12,7 +12,8 @@ import onnx_graphsurgeon as gs
 from .check import check_structure
 from .export import Exporter
 from .names import Names
-from .store import read_model, write_model
+from .save import Staged, stage_model
+from .store import read_model
 from .view import Importer
 from .weights import Values, values_of
 
@@ -54,8 +55,13 @@ class Model:
         Args:
             external: weights in a data file beside the ``.onnx``; None: as the input was, and always above 2 GB.
         """
+        with self.stage(path, external=external) as staged:
+            staged.commit()
+
+    def stage(self, path: str | PathLike[str], *, external: bool | None = None) -> Staged:
+        """Write the model beside ``path`` under a temporary name, to be looked at before it is committed or discarded."""
         proto, values = self.to_proto()
-        write_model(proto, values, Path(path), external=self.external if external is None else external)
+        return stage_model(proto, values, Path(path), self.external if external is None else external)
 
     @property
     def opset(self) -> int:
@@ -155,7 +161,7 @@ def _walk(path: str, graph: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:
 
 def _other_stubs(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """The stubs that are not initializers of the main graph."""
-    pending = [(list(model.graph.node), [])]
+    pending: list[tuple[list[onnx.NodeProto], list[onnx.TensorProto]]] = [(list(model.graph.node), [])]
     pending += [(list(function.node), []) for function in model.functions]
     while pending:
         nodes, initializers = pending.pop()

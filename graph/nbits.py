@@ -13,8 +13,8 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return packed
     per_byte = 8 // bits
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    spread = (packed[..., None] >> shifts) & ((1 << bits) - 1)
+    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
+    spread: npt.NDArray[np.uint8] = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return spread.reshape(*packed.shape[:-1], -1)
 
 

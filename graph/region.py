@@ -157,14 +157,15 @@ class Walker:
                     pending.append((value, turn_axis(node, axis), False))
         region._steps = _sorted(order)
         region._constants = constants
-        cutters = [node for node in region.nodes if id(node) not in seen]
+        cutters: list[gs.Node] = [node for node in region.nodes if id(node) not in seen]
         region.nodes = [*cutters, *region._steps]
         region.inner_norm = any(node.op in NORMS or node.op in _REDUCTIONS for node in region._steps)
         self._find_biases(region, constants)
         return region
 
     def _leaf(self, tensor: gs.Tensor, axis: int, width: int, region: Region) -> bool:
-        linear, columns, cutters = self._linears.get(id(tensor)), None, []
+        linear, columns = self._linears.get(id(tensor)), None
+        cutters: list[gs.Node] = []
         if linear is None or linear.axis != axis or linear.d_out != width:
             chosen = select(tensor, axis, width, self._linears)
             if chosen is None:

@@ -87,13 +87,15 @@ ALIASES: Mapping[str, Callable[[gs.Node, int, int], Refusal | None]] = {
     "Identity": _keep, "Cast": _keep, "CastLike": _keep, "Dropout": _keep, "Squeeze": _keep, "Unsqueeze": _keep,
     "QuantizeLinear": _keep, "DequantizeLinear": _keep, "Reshape": _reshape, "Flatten": _flatten,
 }
-"""Operators whose first output holds the numbers of their first input: a check that the features stay where they are."""
+"""Operators whose first output holds the numbers of their first input, each with a check that the features stay."""
+
+_REPEATS = frozenset({"Transpose", "Expand", "Tile", "DynamicQuantizeLinear"})
 
 
 def root(tensor: gs.Tensor) -> gs.Tensor:
     """The value that ``tensor`` is, before casts, reshapes, transposes, quantization and repetition for experts."""
     node = producer(tensor)
-    while node is not None and (node.op in ALIASES or node.op in ("Transpose", "Expand", "Tile", "DynamicQuantizeLinear")):
+    while node is not None and (node.op in ALIASES or node.op in _REPEATS):
         tensor = node.inputs[0]
         node = producer(tensor)
     return tensor

@@ -35,7 +35,7 @@ class Opaque:
 
 
 def signature(node: gs.Node) -> Signature:
-    """What tells an edited node from an untouched one: operator, names of inputs and outputs, attributes by identity."""
+    """What tells an edited node from an untouched one: operator, names of values, attributes by identity."""
     attributes = tuple((key, tuple(value) if isinstance(value, list) else _identity(value))
                        for key, value in node.attrs.items())
     return (node.op, node.domain, node.name, tuple(t.name for t in node.inputs), tuple(t.name for t in node.outputs),

@@ -45,6 +45,13 @@ class Builder:
         constant.home, constant.was_used = self.graph, True
         return constant
 
+    def constant_as(self, array: Array, onnx_type: int, hint: str) -> gs.Constant:
+        """A new initializer of the element type given."""
+        constant = gs.Constant(self.model.names.fresh(f"{self.prefix}/{hint}"),
+                               InlineValues(np.asarray(array).astype(numpy_type(onnx_type))))
+        constant.home, constant.was_used = self.graph, True
+        return constant
+
     def number(self, value: float, hint: str) -> gs.Constant:
         """A new scalar initializer in the builder's type."""
         return self.constant(np.asarray(value, np.float64), hint)

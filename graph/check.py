@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from os import PathLike
 
 import onnx
@@ -81,6 +82,34 @@ def reads(node: onnx.NodeProto) -> set[str]:
                 inside |= reads(other)
             found |= inside - local
     return found
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put the nodes of ``graph``, and of the graphs inside it, after the producers of what they read."""
+    producer = {name: number for number, node in enumerate(graph.node) for name in node.output if name}
+    waits = [0] * len(graph.node)
+    consumers: list[list[int]] = [[] for _ in graph.node]
+    for number, node in enumerate(graph.node):
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                sort_nodes(inner)
+        for source in {producer[name] for name in reads(node) if name in producer}:
+            waits[number] += 1
+            consumers[source].append(number)
+    ready = [number for number, count in enumerate(waits) if not count]
+    order = []
+    while ready:
+        number = heapq.heappop(ready)
+        order.append(number)
+        for other in consumers[number]:
+            waits[other] -= 1
+            if not waits[other]:
+                heapq.heappush(ready, other)
+    if order != list(range(len(graph.node))):
+        nodes = [graph.node[number] for number in order]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
 
 
 def _title(node: onnx.NodeProto) -> str:

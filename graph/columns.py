@@ -139,6 +139,7 @@ def _number(tensor: gs.Tensor, cut: gs.Tensor, axis: int, width: int) -> int | N
     return None
 
 
-_ARITHMETIC: dict[str, Callable[[int, int], int | None]] = {"Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b,
+_ARITHMETIC: dict[str, Callable[[int, int], int | None]] = {
+    "Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b,
                "Div": lambda a, b: a // b if b else None}
 _CUTTERS = {"Split": _split, "Slice": _slice, "Gather": _gather, "SequenceAt": _sequence_at}

@@ -54,15 +54,16 @@ def substitute(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     (through an Identity where ``new`` is an input, a constant or an output itself).
     """
     node = producer(old)
-    if not any(tensor is old for tensor in graph.outputs):
+    if not is_output(graph, old):
         replace_uses(old, new)
+        old.replaced_by = new
         return
     if node is not None:
         index = next(i for i, tensor in enumerate(node.outputs) if tensor is old)
         list.__setitem__(node.outputs, index, gs.Variable.empty())
         list.clear(old.inputs)
     maker = producer(new)
-    if maker is None or any(tensor is new for tensor in graph.outputs) or not any(n is maker for n in graph.nodes):
+    if maker is None or is_output(graph, new) or not any(n is maker for n in graph.nodes):
         graph.nodes.append(gs.Node("Identity", inputs=[new], outputs=[old]))
         return
     index = next(i for i, tensor in enumerate(maker.outputs) if tensor is new)
@@ -70,6 +71,37 @@ def substitute(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     list.append(old.inputs, maker)
     list.clear(new.inputs)
     replace_uses(new, old)
+    new.replaced_by = old
+
+
+def take_over(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let the node that computes ``new`` compute ``old`` instead: ``old`` keeps its name and everything that reads it.
+
+    ``new`` is gone then; what read it reads ``old``. The node that computed ``old`` before is left without that output.
+    """
+    before, maker = producer(old), producer(new)
+    assert maker is not None
+    if before is not None:
+        list.__setitem__(before.outputs, next(i for i, t in enumerate(before.outputs) if t is old), gs.Variable.empty())
+        list.clear(old.inputs)
+    list.__setitem__(maker.outputs, next(i for i, t in enumerate(maker.outputs) if t is new), old)
+    list.append(old.inputs, maker)
+    list.clear(new.inputs)
+    replace_uses(new, old)
+    new.replaced_by = old
+
+
+def current(tensor: gs.Tensor) -> gs.Tensor:
+    """The value that stands where ``tensor`` stood, if it was replaced."""
+    following = getattr(tensor, "replaced_by", None)
+    while following is not None:
+        tensor, following = following, getattr(following, "replaced_by", None)
+    return tensor
+
+
+def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is an output of ``graph``."""
+    return any(tensor is output for output in graph.outputs)
 
 
 def remove_dead(graph: gs.Graph, seeds: Iterable[gs.Node]) -> int:

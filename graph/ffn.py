@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from .activation import Activation, name_activation
 from .edges import Edges, block_edges
-from .edit import producer
+from .edit import current, producer
 from .linear import Linear, read_linear
 from .model import Model
 from .pointwise import Array
@@ -167,6 +167,16 @@ class FFNBlock:
     def macs_per_token(self) -> int:
         """Multiply-adds for one row (of one expert)."""
         return sum(linear.d_in * linear.d_out for linear in self.linears())
+
+    def settle(self) -> None:
+        """Follow the values of the block that other rewrites have replaced since it was found."""
+        self.input, self.output = current(self.input), current(self.output)
+        self.join.branch, self.join.residual = current(self.join.branch), current(self.join.residual)
+        self.region.output = current(self.region.output)
+        for linear in self.linears():
+            linear.input, linear.output = current(linear.input), current(linear.output)
+        for leaf in self.region.leaves:
+            leaf.tensor = current(leaf.tensor)
 
     def hidden_from(self, up: Array, gate: Array | None = None) -> Array:
         """``h`` in float64 from the projections' outputs with their biases, ``[*, d_ff]`` each; inner norms left out."""

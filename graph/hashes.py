@@ -41,6 +41,6 @@ class InputHash:
             self._entries["input_weights_sha256"] = data.hexdigest()
 
     def entries(self) -> dict[str, str]:
-        """``input_sha256``, that of the file; and ``input_weights_sha256``, that of the SHA-256 of each external weight in turn."""
+        """``input_sha256`` of the file, and ``input_weights_sha256`` of the SHA-256 of each external weight in turn."""
         self._thread.join()
         return dict(self._entries)

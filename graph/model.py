@@ -93,6 +93,11 @@ class Model:
         """A second model like this one, its local functions inlined."""
         return Model(self._inlined_proto(), self._stored, self.path, self.external)
 
+    def copy(self) -> Model:
+        """A second model in the state this one is in, to try something on. The weights are not copied."""
+        proto, values = self.to_proto()
+        return Model(proto, values, self.path, self.external)
+
     def _inlined_proto(self) -> onnx.ModelProto:
         import onnx.inliner
 

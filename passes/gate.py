@@ -1,0 +1,72 @@
+"""What a model must pass after each pass: our own checks, onnx.checker, and ONNX Runtime itself."""
+
+from __future__ import annotations
+
+import onnx
+
+from ..graph.check import check_structure, sort_nodes
+from ..graph.errors import InputError
+from ..graph.model import Model
+from ..graph.tensors import tensors
+from ..graph.weights import stub_key
+from ..runtime.load import load_complaint
+
+
+class BrokenByPass(Exception):
+    """A pass made a model that is not valid: a fault of ours. The message names the pass and what is wrong."""
+
+
+class Gate:
+    """Remembers what was wrong with the input, so that only what a pass broke counts.
+
+    Args:
+        model: the plan's input.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._complaint = checker_complaint(model.proto)
+        self._loads = load_complaint(model) is None
+        self._interface = _interface(model.proto)
+
+    def check(self, model: Model, pass_name: str) -> None:
+        """Check ``model`` as it stands after the pass called ``pass_name``.
+
+        Raises:
+            BrokenByPass: it is not valid any more.
+        """
+        proto, _ = model.to_proto()
+        try:
+            check_structure(proto.graph, model.path)
+        except InputError as error:
+            raise BrokenByPass(f"pass '{pass_name}' broke the graph: {error}") from error
+        if _interface(proto) != self._interface:
+            raise BrokenByPass(f"pass '{pass_name}' changed the inputs or outputs of the graph")
+        complaint = checker_complaint(proto)
+        if complaint is not None and self._complaint is None:
+            raise BrokenByPass(f"pass '{pass_name}' made a graph that onnx.checker refuses: {complaint}")
+        if self._loads:
+            complaint = load_complaint(model)
+            if complaint is not None:
+                raise BrokenByPass(f"pass '{pass_name}' made a graph that ONNX Runtime does not load: {complaint}")
+
+
+def checker_complaint(proto: onnx.ModelProto) -> str | None:
+    """The first line of what onnx.checker says against the model, weights left out and nodes sorted; None if nothing."""
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(proto)
+    sort_nodes(skeleton.graph)
+    for tensor, _ in tensors(skeleton):
+        if stub_key(tensor) is not None:  # the checker would look for the file
+            tensor.dims[:] = [0]
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+    try:
+        onnx.checker.check_model(skeleton)
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        return str(error).strip().splitlines()[0][:300]
+    return None
+
+
+def _interface(proto: onnx.ModelProto) -> tuple[list[bytes], list[bytes]]:
+    return ([info.SerializeToString(deterministic=True) for info in proto.graph.input],
+            [info.SerializeToString(deterministic=True) for info in proto.graph.output])

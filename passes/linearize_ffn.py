@@ -1,0 +1,134 @@
+"""linearize-ffn: an FFN whose activation is a line, or the whole block as one affine map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.builder import Builder
+from ..graph.edit import producer, remove_dead, take_over
+from ..graph.ffn import FFNBlock
+from ..graph.model import Model
+from .affine_fit import PairMoments, fit_affine
+from .base import BlockPass, Context, Refused, Rewritten
+from .measure import rows, unmeasurable
+from .token_weights import token_weights, weight_values
+
+Array = npt.NDArray[Any]
+_HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses the ridge
+
+
+@dataclass(frozen=True)
+class LinearizeFFN(BlockPass):
+    """Replace what an FFN computes by an affine function of its input, fitted on feeds.
+
+        fit=affine:  y ≈ x A + c            A, c = argmin Σ_t w_t ‖y_t − x_t A − c‖² + λ‖A‖²
+        fit=neuron:  σ(z_i) ≈ a_i z_i + c_i  for each neuron i, so that  y ≈ ((x W₁ + b₁) ∘ a + c) W₂ + b₂
+
+    ``fit=affine`` emits the one matrix itself, ``[d_model, d_out]``, and works for gated blocks too. ``fit=neuron`` leaves
+    the two MatMuls with constants between them, for ``fuse-matmul`` to multiply (TARDIS, arXiv 2501.10054); a gated block is
+    refused, as linear × linear is quadratic. λ is chosen on tokens held out. Token t has the weight
+    ``w_t = 1 / (mean of r_t² + 1e-3 · average)``, r what the block feeds: the normalized value behind it (the residual sum,
+    centred, or the branch where that has a norm of its own); ``weight=none`` counts all tokens the same.
+
+    Blocks are fitted in order of execution, each on what the rewritten blocks before it give.
+
+    Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, or where the feeds bring
+    fewer tokens than the block has inputs.
+
+    Source: closed-form affine FFNs, arXiv 2606.19379; TARDIS, arXiv 2501.10054.
+    """
+
+    name: ClassVar[str] = "linearize-ffn"
+    exact: ClassVar[bool] = False
+    fit: Literal["affine", "neuron"] = field(default="affine", metadata={"help": "one map, or a line for each neuron"})
+    weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
+
+    @property
+    def needs_feeds(self) -> bool:
+        """Always: it fits."""
+        return True
+
+    def check(self, block: FFNBlock) -> Refused | None:
+        """What cannot be fitted."""
+        if block.experts != 1 or any(linear.gathered for linear in block.linears()):
+            return Refused("its experts are packed in one weight", block.output.name)
+        if self.fit == "neuron":
+            if block.gated:
+                return Refused("gated: linear times linear is not linear (fit=affine works)", block.output.name)
+            if block.region.inner_norm:
+                return Refused("a norm over the neurons ties them together (fit=affine works)", block.output.name)
+            if any(leaf.linear.fused_activation for leaf in block.region.leaves):
+                return Refused("the activation is fused into the projection (fit=affine works)", block.output.name)
+        return None
+
+    def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
+        """Moments of input and output, or of each neuron's input and output."""
+        refusal = unmeasurable(model, block)
+        if refusal is not None:
+            return refusal
+        if self.fit == "neuron":
+            return self._lines(model, block, context)
+        fit, held_out = PairMoments(), PairMoments()
+        axis = block.axis
+        wanted = [block.input, block.output, *weight_values(block, self.weight)]
+        assert context.fit is not None
+        few = len(context.fit) < _HELD_OUT
+        for number, (x, y, *others) in enumerate(rows(model, wanted, [axis] * len(wanted), context.fit, context)):
+            weights = token_weights(block, y, others, self.weight)
+            good = np.isfinite(x).all(axis=1) & np.isfinite(y).all(axis=1) & np.isfinite(weights)
+            held = np.full(len(x), number % _HELD_OUT == _HELD_OUT - 1)
+            if few:
+                held = np.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
+            for moments, chosen in ((fit, good & ~held), (held_out, good & held)):
+                if chosen.any():
+                    moments.update(x[chosen], y[chosen], weights[chosen])
+        tokens = fit.count + held_out.count
+        if tokens < block.d_model:
+            return Refused(f"{tokens} tokens are too few for {block.d_model} inputs: give more feeds", block.input.name)
+        return fit_affine(fit, held_out)
+
+    def _lines(self, model: Model, block: FFNBlock, context: Context) -> object:
+        """Slope and intercept of each neuron, ``[d_ff]`` each, for z as the projection gives it."""
+        sums: Array = np.zeros(0)
+        leaf = block.region.leaves[0].tensor
+        wanted = [leaf, block.hidden, block.output, *weight_values(block, self.weight)]
+        assert context.fit is not None
+        axes = [block.up.linear.axis, block.down.linear.axis] + [block.axis] * (len(wanted) - 2)
+        for z, h, y, *others in rows(model, wanted, axes, context.fit, context):
+            weights = token_weights(block, y, others, self.weight)
+            z, h = z.astype(np.float64), h.astype(np.float64)
+            good = np.isfinite(z).all(axis=1) & np.isfinite(h).all(axis=1) & np.isfinite(weights)
+            z, h, w = z[good], h[good], weights[good, None]
+            part = np.stack([np.broadcast_to(w, z.shape).sum(0), (w * z).sum(0), (w * h).sum(0), (w * z * z).sum(0),
+                             (w * z * h).sum(0)])
+            sums = part if not sums.size else sums + part
+        if not sums.size or not sums[0].all():
+            return Refused("no token of the feeds reached it", block.input.name)
+        total, z, h, zz, zh = sums
+        mean_z, mean_h = z / total, h / total
+        variance = np.maximum(zz / total - mean_z ** 2, 0)
+        covariance = zh / total - mean_z * mean_h
+        slope = np.where(variance > 1e-12 * np.maximum(zz / total, 1e-30), covariance / np.maximum(variance, 1e-30), 0)
+        return slope, mean_h - slope * mean_z
+
+    def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
+        """Put the affine map, or the lines, in place."""
+        build = Builder(model, block.graph, block.name, block.onnx_type)
+        assert isinstance(statistics, tuple)
+        if self.fit == "neuron":
+            slope, intercept = statistics
+            axis = block.up.linear.axis
+            product = build.op("Mul", block.region.leaves[0].tensor, build.vector(slope, axis, "slope"), hint="line")
+            line = build.op("Add", product, build.vector(intercept, axis, "intercept"), hint="line_shift")
+            old, target = producer(block.hidden), block.hidden
+        else:
+            matrix, offset, _ = statistics
+            line = build.linear(block.input, matrix, offset, axis=block.axis, hint="affine")
+            old, target = producer(block.output), block.output
+        take_over(target, line)
+        remove_dead(block.graph, [old] if old is not None else [])
+        return Rewritten(gone="made affine")

@@ -1,0 +1,49 @@
+"""What passes measure inside a model: rows of values, streamed over the feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from ..graph.ffn import FFNBlock
+from ..graph.model import Model
+from ..runtime import Feeds, capture
+from .base import Context, Refused
+
+Array = npt.NDArray[Any]
+
+
+def unmeasurable(model: Model, block: FFNBlock) -> Refused | None:
+    """Why the values of ``block`` cannot be captured, or None."""
+    if block.graph is not model.graph:
+        return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)
+    return None
+
+
+def rows(model: Model, tensors: Sequence[gs.Tensor], axes: Sequence[int], feeds: Feeds,
+         context: Context) -> Iterator[list[Array]]:
+    """The values of ``tensors``, a list of arrays ``[rows, features]`` for each feed, padding left out.
+
+    Args:
+        axes: where each tensor has its features, counted from the end.
+    """
+    names = [tensor.name for tensor in tensors]
+    moved = {tensor.name: axis for tensor, axis in zip(tensors, axes, strict=True)}
+    for values in capture(model, feeds, sorted(set(names)), axes=moved, provider=context.provider,
+                          threads=context.threads):
+        yield [values[name] for name in names]
+
+
+def mean_of(model: Model, tensor: gs.Tensor, axis: int, feeds: Feeds, context: Context) -> Array | None:
+    """Mean over the rows of ``tensor``, ``[features]`` in float64; None where no row came out."""
+    total: Array = np.zeros(0)
+    count = 0
+    for (values,) in rows(model, [tensor], [axis], feeds, context):
+        finite = values[np.isfinite(values).all(axis=1)]
+        total = finite.sum(axis=0, dtype=np.float64) + (total if total.size else 0.0)
+        count += len(finite)
+    return total / count if count else None

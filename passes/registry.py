@@ -1,0 +1,27 @@
+"""Every pass by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..graph.errors import InputError
+from . import options
+from .base import Pass
+from .fold_bias import FoldBias
+from .fuse_matmul import FuseMatMul
+from .linearize_ffn import LinearizeFFN
+from .quantize_ffn import QuantizeFFN
+from .remove_ffn import RemoveFFN
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (FoldBias, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
+
+
+def make_pass(name: str, given: Mapping[str, object]) -> Pass:
+    """The pass called ``name`` with the options ``given``.
+
+    Raises:
+        InputError: no such pass, or no such option.
+    """
+    if name not in PASSES:
+        raise InputError(f"there is no pass '{name}': the passes are {', '.join(sorted(PASSES))}")
+    return options.make(PASSES[name], given)

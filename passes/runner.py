@@ -1,0 +1,50 @@
+"""Runs a plan: each pass in turn, checked before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from ..graph.errors import InputError
+from ..graph.model import Model
+from ..runtime import Feeds
+from .base import Context, PassResult
+from .gate import Gate
+from .ledger import Ledger
+from .plan import Plan
+
+
+def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feeds | None = None, provider: str = "cpu",
+             threads: int | None = None, progress: Callable[[str], None] = lambda message: None) -> list[PassResult]:
+    """Rewrite ``model`` in place by every pass of ``plan``.
+
+    Args:
+        fit: feeds for the passes that fit something.
+        choose: feeds for those that choose blocks by a measurement; ``fit`` where there are none.
+
+    Returns:
+        What each pass did, in order.
+
+    Raises:
+        InputError: a pass needs feeds and there are none, or asks for a block that is not there.
+        BrokenByPass: a pass broke the model.
+    """
+    if plan.needs_feeds and fit is None:
+        raise InputError(f"the pass '{plan.needs_feeds[0]}' needs real inputs with these options: give them with --data")
+    gate = Gate(model)
+    context = Context(fit, choose or fit, provider, threads, Ledger(model), progress)
+    for each in plan:
+        blocks = getattr(each, "blocks", None)
+        if blocks is not None:
+            context.ledger.select(blocks)  # before anything runs: an index that is not there is the user's mistake
+    results = []
+    for each in plan:
+        progress(each.name)
+        started = time.perf_counter()
+        result = each.run(model, context)
+        if result.fired:
+            gate.check(model, each.name)
+            context.ledger.refresh(each.name)
+        results.append(dataclasses.replace(result, seconds=time.perf_counter() - started))
+    return results

@@ -1,0 +1,122 @@
+"""Sessions: a model, from a file or from memory, ready to run in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..graph.errors import InputError
+from ..graph.model import Model
+from .onnx_runtime import PROVIDERS, complaints, onnx_runtime, providers, session_options
+from .ort_values import array_value, is_foreign, to_array, weight_value
+from .specs import InputSpec, ValueSpec, specs_of
+
+Source = Path | str | PathLike[str] | Model
+"""Where a session comes from: the path of a model, or a model in the course of being rewritten."""
+
+
+class Session:
+    """A model that runs.
+
+    Attributes:
+        name: what to call it in messages: its path.
+        provider: ``cpu`` or ``cuda``.
+        inputs: what it takes, initializers that may be overridden last.
+        outputs: what it gives, values asked for at opening last.
+        raw: the ``onnxruntime.InferenceSession``.
+    """
+
+    def __init__(self, raw: Any, name: str, provider: str, held: Sequence[Any]) -> None:
+        self.raw = raw
+        self.name = name
+        self.provider = provider
+        self.inputs: tuple[InputSpec, ...] = (
+            *(InputSpec(*spec, optional=spec[1].startswith("optional(")) for spec in specs_of(raw.get_inputs())),
+            *(InputSpec(*spec, optional=True) for spec in specs_of(raw.get_overridable_initializers())))
+        self.outputs: tuple[ValueSpec, ...] = tuple(ValueSpec(*spec) for spec in specs_of(raw.get_outputs()))
+        self._held = held  # ONNX Runtime reads these weights in place
+
+    def run(self, feed: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run once.
+
+        Args:
+            feed: input name → array (list of arrays for a sequence, None for an optional without a value).
+            names: the outputs wanted; None for all.
+
+        Returns:
+            Output name → array; a list for a sequence.
+
+        Raises:
+            InputError: the feed does not fit, or ONNX Runtime fails while it runs.
+        """
+        wanted = [spec.name for spec in self.outputs] if names is None else list(names)
+        outputs = {spec.name: spec for spec in self.outputs}
+        unknown = [name for name in wanted if name not in outputs]
+        if unknown:
+            raise InputError(f"{self.name}: no output '{unknown[0]}': choose from {', '.join(outputs)}")
+        if not wanted:
+            return {}
+        specs = [*(spec for spec in self.inputs if spec.name in feed), *(outputs[name] for name in wanted)]
+        with complaints(self.name, "run"):
+            if any(spec.is_tensor and is_foreign(spec.element_type) for spec in specs):
+                return self._run_bound(feed, wanted)
+            return dict(zip(wanted, self.raw.run(wanted, dict(feed)), strict=True))
+
+    def _run_bound(self, feed: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+        """As ``run``, for element types that have no NumPy type of their own."""
+        binding = self.raw.io_binding()
+        kinds = {spec.name: spec.element_type for spec in self.inputs}
+        for name, array in feed.items():
+            binding.bind_ortvalue_input(name, array_value(array, kinds[name]))
+        for name in wanted:
+            binding.bind_output(name, "cpu")
+        self.raw.run_with_iobinding(binding)
+        return {name: to_array(value) for name, value in zip(wanted, binding.get_outputs(), strict=True)}
+
+
+def open_session(source: Source, *, provider: str = "cpu", threads: int | None = None, outputs: Sequence[str] = (),
+                 optimize: bool = True, use_tf32: bool = False, config: Mapping[str, str] | None = None,
+                 provider_options: Mapping[str, str] | None = None) -> Session:
+    """A session over ``source``. ONNX Runtime opens a file itself; a ``Model`` gets its weights without a copy.
+
+    Args:
+        source: path of a model, or a ``Model`` as it stands now.
+        provider: ``cpu`` or ``cuda``.
+        threads: threads inside an operator; None lets ONNX Runtime choose.
+        outputs: values of the main graph to give out besides the outputs.
+        optimize: False turns ONNX Runtime's graph optimizations off.
+        use_tf32: whether CUDA may round float32 operands of MatMul to TF32 (10 bits of mantissa).
+        config: session configuration entries.
+        provider_options: options of the CUDA provider.
+
+    Raises:
+        InputError: no such file or value, ONNX Runtime refuses the model, or the provider is missing.
+    """
+    options = session_options(config or {}, threads, optimize)
+    chosen = providers(provider, provider_options or {}, use_tf32)
+    if outputs and not isinstance(source, Model):
+        source = Model.load(source)
+    held: list[Any] = []
+    if isinstance(source, Model):
+        name = str(source.path)
+        opened, weights = source.session_parts(tuple(outputs))
+        with complaints(name, "take the weights of"):
+            held = [weight_value(values) for values in weights.values()]
+            if held:
+                options.add_external_initializers(list(weights), held)
+    else:
+        name = opened = str(source)
+        if not Path(source).is_file():
+            raise InputError(f"{name}: no such file: check the path")
+    with complaints(name, "load"):
+        raw = onnx_runtime().InferenceSession(opened, options, providers=chosen, enable_fallback=False)
+    if PROVIDERS[provider] not in raw.get_providers():
+        raise InputError(f"provider '{provider}': its libraries cannot be loaded: check the NVIDIA driver, then "
+                         "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    session = Session(raw, name, provider, held)
+    missing = set(outputs) - {spec.name for spec in session.outputs}
+    if missing:
+        raise InputError(f"{name}: no value '{min(missing)}' in its main graph: check the name")
+    return session

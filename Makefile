@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LONG := export or cuda or slow or network
+
+.PHONY: demo test test-all check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/ffnfold demo -o out/vit-s
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not ($(LONG))" tests
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -q tests
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	rm -rf build/check && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/check .
+	MYPYPATH=build/check $(BIN)/mypy --cache-dir build/.mypy_cache -p ffnfold
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed, this is ' + sys.version.split()[0] \
+	  + ': make PYTHON=python3.x') if sys.version_info < (3, 10) else None"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
+
+$(VENV)/.demo: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[cpu,demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[cpu,demo,test]'
+	touch $@

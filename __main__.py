@@ -1,0 +1,5 @@
+"""``python -m ffnfold``."""
+
+from .cli import main
+
+main(prog_name="ffnfold")

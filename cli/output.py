@@ -1,0 +1,43 @@
+"""How commands speak: tables and progress for people on a terminal, JSON for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+from rich.console import Console
+
+console = Console(highlight=False)
+
+
+def emit(value: object) -> None:
+    """One JSON object on one line. Not-a-number and infinities become null: JSON has none."""
+    click.echo(json.dumps(_plain(value), ensure_ascii=False))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+@contextlib.contextmanager
+def progress(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows what is going on; silent in a pipe and with ``quiet``."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda message: None
+        return
+    with Console(stderr=True).status("…") as status:
+        yield lambda message: status.update(message)
+
+
+def megabytes(count: int) -> str:
+    """``count`` bytes for people."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

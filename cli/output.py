@@ -15,14 +15,15 @@ console = Console(highlight=False)
 
 def emit(value: object) -> None:
     """One JSON object on one line. Not-a-number and infinities become null: JSON has none."""
-    click.echo(json.dumps(_plain(value), ensure_ascii=False))
+    click.echo(json.dumps(plain(value), ensure_ascii=False))
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """``value`` with what JSON lacks replaced by null."""
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

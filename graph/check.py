@@ -112,5 +112,26 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         graph.node.extend(copies)
 
 
+def prune(graph: onnx.GraphProto, outputs: set[str]) -> None:
+    """Leave of ``graph`` only what the values called ``outputs`` need. Its inputs stay."""
+    producer = {name: node for node in graph.node for name in node.output if name}
+    pending = list(outputs)
+    needed, kept = set(outputs), set()
+    while pending:
+        node = producer.get(pending.pop())
+        if node is None or id(node) in kept:
+            continue
+        kept.add(id(node))
+        new = {name for name in reads(node) if name} - needed
+        needed |= new
+        pending += new
+    for field, wanted in (("node", lambda node: id(node) in kept), ("initializer", lambda each: each.name in needed),
+                          ("output", lambda info: info.name in outputs)):
+        items = getattr(graph, field)
+        copies = [type(item).FromString(item.SerializeToString()) for item in items if wanted(item)]
+        del items[:]
+        items.extend(copies)
+
+
 def _title(node: onnx.NodeProto) -> str:
     return str(node.name or node.op_type)

@@ -303,7 +303,14 @@ def _matmul_integer(node: gs.Node) -> Linear | None:
     if scale is None:
         return None
     weight = _integer_weight(node.inputs[1], scale, _input(node, 3))
-    return _integer(node, quantize.inputs[0], [quantize, node, product, cast, multiply], weight, multiply.outputs[0], None)
+    nodes = [quantize, node, product, cast, multiply]
+    x, y = quantize.inputs[0], multiply.outputs[0]
+    divide, rows = producer(x), _only(y, "Mul")
+    if divide is not None and divide.op == "Div" and rows is not None:  # y = r · ((x / r) W)
+        scale_of_rows = next((tensor for tensor in rows.inputs if tensor is not y), None)
+        if scale_of_rows is divide.inputs[1] and fold(divide.inputs[1]) is None:
+            nodes, x, y = [divide, *nodes, rows], divide.inputs[0], rows.outputs[0]
+    return _integer(node, x, nodes, weight, y, None)
 
 
 def _only(tensor: gs.Tensor, op: str) -> gs.Node | None:

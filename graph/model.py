@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
-from .check import check_structure
+from .check import check_structure, prune
 from .export import Exporter
 from .names import Names
 from .save import Staged, stage_model
@@ -62,6 +62,11 @@ class Model:
         """Write the model beside ``path`` under a temporary name, to be looked at before it is committed or discarded."""
         proto, values = self.to_proto()
         return stage_model(proto, values, Path(path), self.external if external is None else external)
+
+    @property
+    def stored(self) -> dict[str, Values]:
+        """The weights of the file, by stub key."""
+        return dict(self._stored)
 
     @property
     def opset(self) -> int:
@@ -129,8 +134,12 @@ class Model:
                 imported.add(domain)
         return proto, {**self._stored, **exporter.values}
 
-    def session_parts(self, outputs: Sequence[str] = ()) -> tuple[bytes, dict[str, Values]]:
+    def session_parts(self, outputs: Sequence[str] = (), *, only: bool = False) -> tuple[bytes, dict[str, Values]]:
         """What ONNX Runtime needs for a session without a copy of the weights.
+
+        Args:
+            outputs: values of the main graph to give out besides its outputs.
+            only: give out nothing but ``outputs``; what they do not need is left out.
 
         Returns:
             The bytes of a model whose large main-graph initializers are external, and those initializers by name.
@@ -139,6 +148,8 @@ class Model:
         proto, values = self.to_proto(outputs)
         parts = onnx.ModelProto()
         parts.CopyFrom(proto)
+        if only:
+            prune(parts.graph, set(outputs))
         large: dict[str, Values] = {}
         for tensor in parts.graph.initializer:
             weight = values_of(tensor, values)

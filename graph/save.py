@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -106,6 +107,17 @@ class Staged:
             _put(self._file, piece)
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def copy(self, source: Path) -> None:
+        """Write the bytes of ``source``, a model with its weights inside."""
+        assert self._file is not None
+        try:
+            with open(source, "rb") as file:
+                shutil.copyfileobj(file, self._file, _TILE)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
 
     def write_data(self, layout: list[tuple[int, Values]]) -> Path:
         """Write the data file: each weight at its offset. Returns its path."""

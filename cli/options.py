@@ -1,0 +1,50 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+PATH = click.Path(path_type=Path)
+
+
+def data(help_text: str = "Real inputs: an .npz file, a folder of them, or test_data_set folders.") -> Decorator:
+    """``--data``."""
+    return click.option("--data", type=PATH, metavar="FEEDS", help=help_text)
+
+
+def synthetic() -> Decorator:
+    """``--synthetic``."""
+    return click.option("--synthetic", is_flag=True, help="Make inputs up from the model's specification; labelled so.")
+
+
+def provider() -> Decorator:
+    """``--provider``."""
+    return click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+                        help="Where ONNX Runtime runs.")
+
+
+def threads() -> Decorator:
+    """``--threads``."""
+    return click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads inside an operator.")
+
+
+def max_drift() -> Decorator:
+    """``--max-drift``."""
+    return click.option("--max-drift", "max_drift", multiple=True, metavar="METRIC[@OUTPUT]=VALUE",
+                        help="A limit, e.g. cosine_mean=0.999 or rel_l2@logits=0.01. May be repeated.")
+
+
+def logits() -> Decorator:
+    """``--logits``."""
+    return click.option("--logits", multiple=True, metavar="OUTPUT", help="Also KL divergence and top-1, top-5 for OUTPUT.")
+
+
+def as_json() -> Decorator:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON only.")

@@ -1,0 +1,91 @@
+"""The report of a run, as a table, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..graph.errors import InputError
+from ..passes.plan import Plan
+from .output import megabytes, plain
+
+_METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "kl_mean", "top1")
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """One table of what happened, and the notes."""
+    table = Table("what", "result", title=f"{report['model']} → {report['output']}", title_justify="left")
+    for what, result in rows(report):
+        table.add_row(what, result)
+    console.print(table)
+    for name, reason, count in refusals(report):
+        console.print(f"  {name} left {count} alone: {reason}")
+    for note in report["notes"]:
+        console.print(f"[yellow]{note}[/]")
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report as pairs of texts."""
+    found = []
+    if "blocks" in report:
+        found.append(("FFN blocks", str(report["blocks"])))
+    for each in report["passes"]:
+        kind = "exact" if each["exact"] else "approximate"
+        found.append((f"{each['name']} ({kind})", f"fired {each['fired']}, refused {len(each['refused'])}, "
+                                                  f"{each['seconds']:.1f} s"))
+    size = report["bytes"]
+    found.append(("size", f"{megabytes(size['before'])} → {megabytes(size['after'])} "
+                          f"({size['after'] / size['before']:.3f} of it)"))
+    if report["drift"]:
+        for name, metrics in report["drift"]["outputs"].items():
+            shown = ", ".join(f"{key} {metrics[key]:.6g}" for key in _METRICS if metrics.get(key) is not None)
+            found.append((f"drift of {name}", f"{shown} ({report['feeds']} feeds)"))
+    if report["speed"]:
+        speed = report["speed"]
+        found.append(("speed-up", f"{speed['speedup']:.2f}× (95 % interval {speed['low']:.2f} to {speed['high']:.2f})"))
+    found.append(("within limits", "yes" if report["ok"] else "NO"))
+    return found
+
+
+def refusals(report: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Pass, reason and how often, most frequent first."""
+    counts: dict[tuple[str, str], int] = {}
+    for each in report["passes"]:
+        for refused in each["refused"]:
+            key = (each["name"], refused["reason"])
+            counts[key] = counts.get(key, 0) + 1
+    return [(*key, count) for key, count in sorted(counts.items(), key=lambda item: -item[1])]
+
+
+def write_report(report: dict[str, Any], plan: Plan, folder: Path) -> None:
+    """Write ``report.json``, ``report.md`` and ``plan.yaml`` into ``folder`` (made if need be).
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(markdown(report, plan), encoding="utf-8")
+        (folder / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder}: the report cannot be written ({error.strerror}): choose another folder") from None
+
+
+def markdown(report: dict[str, Any], plan: Plan) -> str:
+    """The report as a page."""
+    lines = [f"# {Path(report['output']).name}", "", f"Made from `{report['model']}`.", "", "| what | result |", "| --- | --- |"]
+    lines += [f"| {what} | {result} |" for what, result in rows(report)]
+    lines += ["", "## Plan", "", "```yaml", plan.to_yaml().rstrip(), "```"]
+    if refusals(report):
+        lines += ["", "## Left alone", ""]
+        lines += [f"* {name}: {reason} ({count})" for name, reason, count in refusals(report)]
+    if report["notes"]:
+        lines += ["", *(f"* {note}" for note in report["notes"])]
+    if "machine" in report:
+        lines += ["", "## Machine", "", *(f"* {key}: {value}" for key, value in report["machine"].items())]
+    return "\n".join(lines) + "\n"

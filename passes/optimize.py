@@ -1,0 +1,153 @@
+"""The main job: a model file in, a rewritten one out, with what it cost and gained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..graph.errors import InputError
+from ..graph.hashes import InputHash
+from ..graph.model import Model
+from ..graph.save import Staged
+from ..graph.store import read_model
+from ..runtime import Feeds, Limit, compare, race, synthetic_feeds
+from ..runtime.specs import input_specs
+from .base import PassResult
+from .plan import Plan
+from .runner import run_plan
+from .split import Split, divide, load_split
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``optimize`` is asked to do.
+
+    Attributes:
+        model, output: files.
+        plan: passes to run.
+        data: feeds, or None; synthetic: make some up instead.
+        provider, threads: how ONNX Runtime runs.
+        limits: on the drift.
+        strict: write nothing where a limit is missed.
+        verify: measure drift (where there are feeds) and speed.
+        external: weights in a data file; None: as the input has them.
+    """
+
+    model: Path
+    output: Path
+    plan: Plan
+    data: Path | None = None
+    synthetic: bool = False
+    provider: str = "cpu"
+    threads: int | None = None
+    limits: Sequence[Limit] = field(default_factory=tuple)
+    strict: bool = False
+    verify: bool = True
+    external: bool | None = None
+
+
+def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: None) -> dict[str, Any]:
+    """Do ``job``.
+
+    Returns:
+        The contract's object of ``optimize``, and ``notes``: sentences for people.
+
+    Raises:
+        InputError: bad input; nothing is written then.
+    """
+    _check_places(job)
+    progress(f"reading {job.model}")
+    model = Model.load(job.model)
+    split = _feeds(job, model)
+    fingerprint = InputHash(job.model, model.stored.values())
+    fitting = split if job.plan.needs_feeds else None
+    results = run_plan(model, job.plan, fit=fitting.fit if fitting else None, choose=fitting.choose if fitting else None,
+                       provider=job.provider, threads=job.threads, progress=progress)
+    fired = sum(result.fired for result in results)
+    progress(f"writing {job.output}")
+    if fired:
+        model.metadata.update({"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(),
+                               **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}})
+        staged = model.stage(job.output, external=job.external)
+    else:
+        staged = _copy(model, job)
+    with staged:
+        report = _measure(job, results, staged, split, progress)
+        report["notes"] = _notes(job, split, fired, report)
+        if report["ok"] or not job.strict:
+            staged.commit()
+        else:
+            report["notes"].append(f"a limit was missed: {job.output} was not written (--strict)")
+    return report
+
+
+def _check_places(job: Job) -> None:
+    if not job.output.parent.is_dir():
+        raise InputError(f"{job.output}: there is no folder '{job.output.parent}': make it first")
+    if job.output.is_dir():
+        raise InputError(f"{job.output}: is a folder: give the path of the .onnx file to write")
+    if job.limits and job.data is None and not job.synthetic:
+        raise InputError("--max-drift needs inputs to measure on: give --data FEEDS (or --synthetic)")
+    if job.plan.needs_feeds and job.data is None:
+        raise InputError(f"the pass '{job.plan.needs_feeds[0]}' needs real inputs with these options: "
+                         "give them with --data FEEDS")
+
+
+def _feeds(job: Job, model: Model) -> Split | None:
+    if job.data is not None:
+        return load_split(job.data, input_specs(model), bool(job.plan.needs_feeds))
+    if job.synthetic:
+        return divide(synthetic_feeds(model), False)
+    return None
+
+
+def _copy(model: Model, job: Job) -> Staged:
+    """The input under another name: byte for byte where its weights are inside."""
+    if model.external or job.external:
+        return model.stage(job.output, external=job.external)
+    staged = Staged(job.output)
+    try:
+        staged.copy(job.model)
+    except BaseException:
+        staged.discard()
+        raise
+    return staged
+
+
+def _measure(job: Job, results: list[PassResult], staged: Staged, split: Split | None,
+             progress: Callable[[str], None]) -> dict[str, Any]:
+    before = read_model(job.model).nbytes
+    after = read_model(staged.temporary).nbytes
+    report: dict[str, Any] = {
+        "model": str(job.model), "output": str(job.output), "plan": job.plan.entries(),
+        "passes": [result.to_json() for result in results], "bytes": {"before": before, "after": after},
+        "feeds": None, "drift": None, "speed": None, "ok": True}
+    if split is None or not job.verify:
+        return report
+    feeds: Feeds = split.report
+    report["feeds"] = feeds.kind
+    progress("measuring the drift")
+    drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits)
+    report["drift"], report["ok"] = drift.to_json(), bool(drift)
+    progress("timing")
+    timing = race([job.model, staged.temporary], feeds, provider=job.provider, threads=job.threads)
+    report["speed"] = {**timing["ratios"][-1], "model": str(job.output)}
+    report["machine"] = timing["machine"]
+    return report
+
+
+def _notes(job: Job, split: Split | None, fired: int, report: dict[str, Any]) -> list[str]:
+    notes = []
+    if not fired:
+        notes.append("nothing to do: no pass fired, the model was copied as it is")
+    if split is None and job.verify:
+        notes.append("no feeds: drift and speed were not measured (give --data FEEDS, or --synthetic)")
+    if split is not None and not split.disjoint:
+        notes.append("one feed only: what was fitted on it is also reported on it")
+    if report["feeds"] == "synthetic":
+        notes.append("synthetic feeds: the drift on real inputs may be quite another")
+    return notes
+

@@ -54,7 +54,8 @@ def load_data_set(folder: Path, inputs: Sequence[InputSpec]) -> dict[str, Any]:
 
 
 def _input_files(folder: Path) -> list[Path]:
-    return sorted((file for file in folder.glob("input_*.pb") if _number(file.stem) >= 0), key=lambda file: _number(file.stem))
+    numbered = [file for file in folder.glob("input_*.pb") if _number(file.stem) >= 0]
+    return sorted(numbered, key=lambda file: _number(file.stem))
 
 
 def _number(name: str) -> int:

@@ -12,17 +12,18 @@ import onnx_graphsurgeon as gs
 from ..graph.errors import InputError
 from ..graph.model import Model
 from .feeds import Feed, Feeds
-from .sessions import Session
-from .specs import Array, InputSpec, Shape
+from .sessions import Session, open_session
+from .specs import Array, InputSpec, Shape, input_specs
 
 _SAMPLES = 16000  # one second of audio
 _IMAGE = 224
+_LENGTHS = (128, 64, 32, 16, 8)
 _VOCABULARY = 100
 _THROUGH = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand"}
 
 
-def synthetic_feeds(inputs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]] | None = None, *, count: int = 1,
-                    seed: int = 0, model: Model | None = None, tokens: int = 128) -> Feeds:
+def synthetic_feeds(inputs: Sequence[InputSpec] | Model, shapes: Mapping[str, tuple[int, ...]] | None = None, *,
+                    count: int = 1, seed: int = 0, model: Model | None = None) -> Feeds:
     """Feeds made up from the input specification, the same for the same arguments.
 
     Masks are ones, token type ids zeros, positions 0, 1, 2, …, other integers random token ids below 100, floats standard
@@ -30,47 +31,46 @@ def synthetic_feeds(inputs: Sequence[InputSpec], shapes: Mapping[str, tuple[int,
     wherever its symbolic name returns), an image 3×224×224, audio 16000 samples, a past of key and value states 0.
 
     Args:
+        inputs: the inputs, or the model that has them.
         shapes: input name → shape, for inputs whose open dimensions should be something else.
         count: how many feeds.
-        model: bounds the token ids by the rows of the embedding they index.
-        tokens: length of a sequence left open.
+        model: bounds token ids by the rows of the embedding they index, and shortens a sequence until the model runs
+            (128, 64, 32, 16, 8): a table of positions takes no more tokens than it has rows, 77 in CLIP.
 
     Raises:
         InputError: ``shapes`` names no input or contradicts a fixed dimension, or an input is no tensor.
     """
+    if isinstance(inputs, Model):
+        model, inputs = inputs, input_specs(inputs)
     needed = [spec for spec in inputs if not spec.optional or spec.name in (shapes or {})]
     for spec in needed:
         if not spec.is_tensor or spec.dtype == object:
-            raise InputError(f"input '{spec.name}' is {spec.onnx_type}, which cannot be made up: give real inputs with --data")
-    resolved = _Dimensions(needed, shapes or {}, tokens).resolved()
+            raise InputError(f"input '{spec.name}' is {spec.onnx_type}, which cannot be made up: give real inputs (--data)")
     rows = {spec.name: _embedding_rows(model, spec.name) for spec in needed}
 
-    def make(index: int) -> Feed:
-        random = np.random.default_rng([seed, index])
-        return {spec.name: _array(spec, resolved[spec.name], rows[spec.name], random) for spec in needed}
+    def feeds_of(tokens: int) -> tuple[Feeds, bool]:
+        dimensions = _Dimensions(needed, shapes or {}, tokens)
+        resolved = dimensions.resolved()
 
-    return Feeds([partial(make, index) for index in range(count)], synthetic=True)
+        def make(index: int) -> Feed:
+            random = np.random.default_rng([seed, index])
+            return {spec.name: _array(spec, resolved[spec.name], rows[spec.name], random) for spec in needed}
+
+        return Feeds([partial(make, index) for index in range(count)], synthetic=True), dimensions.open
+
+    longest, is_open = feeds_of(_LENGTHS[0])
+    if model is None or not is_open or not count:
+        return longest
+    session = open_session(model)
+    return next((feeds for feeds in (feeds_of(tokens)[0] for tokens in _LENGTHS) if _runs(session, feeds[0])), longest)
 
 
-def runnable_feeds(session: Session, shapes: Mapping[str, tuple[int, ...]] | None = None, *, count: int = 1, seed: int = 0,
-                   model: Model | None = None) -> Feeds:
-    """As :func:`synthetic_feeds`, with the longest sequence among 128, 64, 32, 16, 8 that ``session`` runs.
-
-    A model with a table of positions takes no more tokens than the table has rows (CLIP's text model: 77).
-
-    Raises:
-        InputError: as ``synthetic_feeds``, or it runs with none of them; says what ONNX Runtime said at 128.
-    """
-    complaint: InputError | None = None
-    for tokens in (128, 64, 32, 16, 8):
-        feeds = synthetic_feeds(session.inputs, shapes, count=count, seed=seed, model=model, tokens=tokens)
-        try:
-            session.run(feeds[0])
-        except InputError as error:
-            complaint = complaint or error
-        else:
-            return feeds
-    raise InputError(f"{complaint}; made-up inputs do not fit: give shapes with --shape, or real inputs with --data")
+def _runs(session: Session, feed: Feed) -> bool:
+    try:
+        session.run(feed)
+    except InputError:
+        return False
+    return True
 
 
 class _Dimensions:
@@ -81,6 +81,7 @@ class _Dimensions:
         self.shapes = shapes
         self.known: dict[str, int] = {}
         self.batch, self.tokens = 1, tokens
+        self.open = False  # whether a dimension became ``tokens`` by default
         names = {spec.name: spec for spec in inputs}
         for name, shape in shapes.items():
             if name not in names:
@@ -105,7 +106,8 @@ class _Dimensions:
             self.tokens = shape[1]
 
     def _shape(self, spec: InputSpec) -> tuple[int, ...]:
-        return tuple(dim if isinstance(dim, int) else self._size(spec, axis, dim) for axis, dim in enumerate(spec.shape or ()))
+        dims = enumerate(spec.shape or ())
+        return tuple(dim if isinstance(dim, int) else self._size(spec, axis, dim) for axis, dim in dims)
 
     def _size(self, spec: InputSpec, axis: int, dim: str | None) -> int:
         if dim is not None and dim in self.known:
@@ -131,6 +133,7 @@ class _Dimensions:
         audio = ("audio", "wave", "samples", "input_values")
         if floating and any(word in f"{spec.name} {dim}".lower() for word in audio):
             return _SAMPLES
+        self.open = True
         return self.tokens
 
 

@@ -1,0 +1,147 @@
+"""Drift: how far the outputs of a candidate are from those of its reference, on the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..graph.errors import InputError
+from .feeds import Feeds
+from .limits import LOGITS_METRICS, LOWER, Limit
+from .metrics import Metrics, OutputMetrics
+from .padding import Padding
+from .sessions import Session, Source, open_session
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What ``compare`` measured. True where every limit was kept.
+
+    Attributes:
+        provider: ``cpu`` or ``cuda``.
+        feeds: ``real`` or ``synthetic``.
+        samples: how many feeds were run.
+        outputs: output → metric → number; see :class:`OutputMetrics`. None where a metric does not apply.
+        missed: one sentence for each limit that was not kept.
+        skipped: output → why it was not compared (strings, sequences).
+    """
+
+    provider: str
+    feeds: str
+    samples: int
+    outputs: Mapping[str, Metrics]
+    missed: tuple[str, ...] = ()
+    skipped: Mapping[str, str] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Every limit was kept."""
+        return not self.missed
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_json(self) -> dict[str, Any]:
+        """``verify``'s object. JSON has no infinity and no NaN: such numbers are null."""
+        return {"provider": self.provider, "feeds": self.feeds, "samples": self.samples, "ok": self.ok,
+                "outputs": {name: {metric: None if value is None or not math.isfinite(value) else value
+                                   for metric, value in metrics.items()} for name, metrics in self.outputs.items()}}
+
+
+def compare(reference: Source | Session, candidate: Source | Session, feeds: Feeds, *, provider: str = "cpu",
+            threads: int | None = None, logits: Sequence[str] = (), limits: Sequence[Limit] = (),
+            outputs: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None) -> Drift:
+    """Run both models on every feed and measure how far each output moved. No output is kept.
+
+    Args:
+        reference, candidate: paths, models, or open sessions (``provider`` and ``threads`` are then theirs).
+        logits: outputs that are logits, besides one called ``logits``: they get ``kl_mean``, ``top1``, ``top5``.
+        limits: what must hold; those that name no output are for every floating-point output.
+        outputs: values to compare instead of the outputs; they may lie inside the main graph of both models.
+        progress: called after each feed with how many are done and how many there are.
+
+    Raises:
+        InputError: inputs, outputs or their shapes differ between the two; a limit or ``logits`` names what is not
+            there; no feeds; ONNX Runtime fails.
+    """
+    if not len(feeds):
+        raise InputError("there are no feeds to compare on: give some with --data, or --synthetic")
+    ours = _opened(reference, provider, threads, outputs)
+    theirs = _opened(candidate, provider, threads, outputs)
+    names, skipped = _compared(ours, theirs, outputs)
+    chosen = _logits(names, logits)
+    bounds = _bounds(limits, ours, names, chosen)
+    metrics = {name: OutputMetrics(name in chosen) for name in names}
+    for done, feed in enumerate(feeds, 1):
+        padding = Padding(feed)
+        first, second = ours.run(feed, names), theirs.run(feed, names)
+        for name in names:
+            if first[name].shape != second[name].shape:
+                raise InputError(f"output '{name}': the reference gives the shape {list(first[name].shape)}, the candidate "
+                                 f"{list(second[name].shape)}: only models with the same outputs can be compared")
+            metrics[name].update(np.asarray(first.pop(name)), np.asarray(second.pop(name)), padding)
+        if progress is not None:
+            progress(done, len(feeds))
+    found = {name: metrics[name].result() for name in names}
+    missed = tuple(_sentence(limit, name, found[name][limit.metric]) for limit, name in bounds
+                   if not limit.met(found[name][limit.metric]))
+    return Drift(ours.provider, feeds.kind, len(feeds), found, missed, skipped)
+
+
+def _opened(source: Source | Session, provider: str, threads: int | None, outputs: Sequence[str] | None) -> Session:
+    if isinstance(source, Session):
+        return source
+    return open_session(source, provider=provider, threads=threads, outputs=tuple(outputs or ()))
+
+
+def _compared(ours: Session, theirs: Session, outputs: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The outputs to compare, and why others are not."""
+    for what, first, second in (("input", ours.inputs, theirs.inputs), ("output", ours.outputs, theirs.outputs)):
+        here, there = {spec.name for spec in first}, {spec.name for spec in second}
+        if what == "input":
+            here, there = ({spec.name for spec in specs if not spec.optional} for specs in (ours.inputs, theirs.inputs))
+        if here != there:
+            name = min(here ^ there)
+            holder, other = ("reference", "candidate") if name in here else ("candidate", "reference")
+            raise InputError(f"{what} '{name}' is in the {holder} and not in the {other}: "
+                             f"only models with the same {what}s can be compared")
+    wanted = [spec for spec in ours.outputs if outputs is None or spec.name in outputs]
+    kinds = {spec.name: spec for spec in theirs.outputs}
+    skipped = {spec.name: f"it is {each.onnx_type}" for spec in wanted for each in (spec, kinds[spec.name])
+               if not each.is_tensor or each.dtype.kind in "Oc"}
+    return [spec.name for spec in wanted if spec.name not in skipped], skipped
+
+
+def _logits(names: Sequence[str], logits: Sequence[str]) -> set[str]:
+    for name in logits:
+        if name not in names:
+            raise InputError(f"logits '{name}': the model has no such output to compare: choose from {', '.join(names)}")
+    return {*logits, *({"logits"} & set(names))}
+
+
+def _bounds(limits: Sequence[Limit], session: Session, names: Sequence[str],
+            logits: set[str]) -> list[tuple[Limit, str]]:
+    """Every limit with every output it is for."""
+    floating = [spec.name for spec in session.outputs if spec.floating and spec.name in names]
+    bounds = []
+    for limit in limits:
+        if limit.output is not None and limit.output not in names:
+            raise InputError(f"limit on {limit.metric}: no output '{limit.output}': choose from {', '.join(names)}")
+        over = floating if limit.output is None else [limit.output]
+        if limit.metric in LOGITS_METRICS:
+            over = [name for name in over if name in logits]
+            if not over:
+                raise InputError(f"limit on {limit.metric}: it is for outputs that are logits: name them with --logits OUTPUT")
+        if not over:
+            raise InputError(f"limit on {limit.metric}: no output is floating-point: name one, {limit.metric}@OUTPUT=VALUE")
+        bounds += [(limit, name) for name in over]
+    return bounds
+
+
+def _sentence(limit: Limit, name: str, value: float | None) -> str:
+    side = "at least" if limit.metric in LOWER else "at most"
+    return f"{limit.metric} of '{name}' is {value:.6g}, should be {side} {limit.value:.6g}"

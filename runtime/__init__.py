@@ -8,7 +8,8 @@ from .moments import DiagonalMoments, Moments
 from .sessions import Session, Source, open_session
 from .specs import InputSpec, ValueSpec, input_specs
 from .synthetic import synthetic_feeds
+from .timing import race
 
 __all__ = ["DiagonalMoments", "Drift", "Feed", "Feeds", "InputSpec", "Limit", "Moments", "Session", "Source", "ValueSpec",
-           "capture", "capture_raw", "compare", "input_specs", "load_feeds", "open_session", "parse_limit", "parse_shape",
+           "capture", "capture_raw", "compare", "input_specs", "load_feeds", "open_session", "parse_limit", "parse_shape", "race",
            "synthetic_feeds"]

@@ -68,8 +68,9 @@ class Session:
         """As ``run``, for element types that have no NumPy type of their own."""
         binding = self.raw.io_binding()
         kinds = {spec.name: spec.element_type for spec in self.inputs}
-        for name, array in feed.items():
-            binding.bind_ortvalue_input(name, array_value(array, kinds[name]))
+        values = {name: array_value(array, kinds[name]) for name, array in feed.items()}  # alive until the run is over
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
         for name in wanted:
             binding.bind_output(name, "cpu")
         self.raw.run_with_iobinding(binding)
@@ -101,6 +102,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
     held: list[Any] = []
     if isinstance(source, Model):
         name = str(source.path)
+        opened: bytes | str
         opened, weights = source.session_parts(tuple(outputs))
         with complaints(name, "take the weights of"):
             held = [weight_value(values) for values in weights.values()]

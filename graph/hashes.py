@@ -14,33 +14,34 @@ _TILE = 4 << 20
 
 
 class InputHash:
-    """Hashes a model in the background, as this costs as much as copying it.
+    """Identifies a model by its content.
+
+    The file itself is hashed in the background from now on. Weights outside it are hashed when they are copied, and the
+    rest of them when the hash is asked for.
 
     Args:
         path: the ``.onnx`` file.
-        values: its weights; those outside the file are hashed too (and keep their digest for when they are written).
+        values: its weights.
     """
 
     def __init__(self, path: Path, values: Iterable[Values]) -> None:
-        self._path = path
         self._outside = [each for each in values if isinstance(each, StoredValues) and each.source.path != path]
-        self._entries: dict[str, str] = {}
         self._source = Source(path)
+        self._digest = hashlib.sha256()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        digest = hashlib.sha256()
         for start in range(0, self._source.size, _TILE):
-            digest.update(self._source.read(start, min(start + _TILE, self._source.size)))
-        self._entries["input_sha256"] = digest.hexdigest()
-        if self._outside:
-            data = hashlib.sha256()
-            for values in self._outside:
-                data.update(values.digest())
-            self._entries["input_weights_sha256"] = data.hexdigest()
+            self._digest.update(self._source.read(start, min(start + _TILE, self._source.size)))
 
     def entries(self) -> dict[str, str]:
         """``input_sha256`` of the file, and ``input_weights_sha256`` of the SHA-256 of each external weight in turn."""
         self._thread.join()
-        return dict(self._entries)
+        found = {"input_sha256": self._digest.hexdigest()}
+        if self._outside:
+            data = hashlib.sha256()
+            for values in self._outside:
+                data.update(values.digest())
+            found["input_weights_sha256"] = data.hexdigest()
+        return found

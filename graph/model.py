@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -28,14 +28,14 @@ class Model:
         proto: the ``ModelProto`` as loaded, tensors above about 1 KB replaced by stubs.
         graph: the editing view of the main graph (a ``gs.Graph``); passes edit this.
         names: gives out unused names.
-        metadata: entries to add to ``metadata_props`` when saved.
+        metadata: gives entries to put into ``metadata_props`` when it is saved.
     """
 
     def __init__(self, proto: onnx.ModelProto, values: dict[str, Values], path: Path, external: bool) -> None:
         check_structure(proto.graph, path)
         self.path = path
         self.external = external
-        self.metadata: dict[str, str] = {}
+        self.metadata: Callable[[], Mapping[str, str]] | None = None
         self._stored = dict(values)
         self._adopt(proto)
 
@@ -61,7 +61,7 @@ class Model:
     def stage(self, path: str | PathLike[str], *, external: bool | None = None) -> Staged:
         """Write the model beside ``path`` under a temporary name, to be looked at before it is committed or discarded."""
         proto, values = self.to_proto()
-        return stage_model(proto, values, Path(path), self.external if external is None else external)
+        return stage_model(proto, values, Path(path), self.external if external is None else external, metadata=self.metadata)
 
     @property
     def stored(self) -> dict[str, Values]:
@@ -117,7 +117,7 @@ class Model:
         exporter = Exporter()
         graph = exporter.graph(self.graph)
         added = [name for name in outputs if all(name != info.name for info in graph.output)]
-        if graph is self.proto.graph and not added and not self.metadata:
+        if graph is self.proto.graph and not added:
             return self.proto, self._stored
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
@@ -125,8 +125,6 @@ class Model:
             proto.graph.CopyFrom(graph)
         known = {info.name: info for info in graph.value_info}
         proto.graph.output.extend(known.get(name) or onnx.ValueInfoProto(name=name) for name in added)
-        for key, value in self.metadata.items():
-            proto.metadata_props.add(key=key, value=value)
         imported = set(self.opsets)
         for _, view in self.graphs():
             for domain in {node.domain or "" for node in view.nodes} - imported - {"ai.onnx"}:

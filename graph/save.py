@@ -14,7 +14,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +24,7 @@ import onnx
 from .errors import InputError
 from .tensors import tensors
 from .weights import InlineValues, StoredValues, Values, stub_key
-from .wire import SMALLEST, expand
+from .wire import expand
 
 try:
     import fcntl
@@ -33,7 +34,9 @@ except ImportError:  # not on Windows: leftovers of other runs are then left alo
 LARGEST_FILE = (1 << 31) - 1
 """Bytes that one protobuf message may have."""
 _ALIGNMENT = 64
+_SMALLEST_OUTSIDE = 4096  # saying where a tensor lies takes about 90 bytes
 _TILE = 4 << 20
+_HASHER = ThreadPoolExecutor(1, "hash")
 
 
 def write_model(proto: onnx.ModelProto, values: Mapping[str, Values], path: Path, external: bool = False,
@@ -45,7 +48,7 @@ def write_model(proto: onnx.ModelProto, values: Mapping[str, Values], path: Path
 
 
 def stage_model(proto: onnx.ModelProto, values: Mapping[str, Values], path: Path, external: bool = False,
-                limit: int = LARGEST_FILE) -> Staged:
+                limit: int = LARGEST_FILE, metadata: Callable[[], Mapping[str, str]] | None = None) -> Staged:
     """Write the model beside ``path``, complete and loadable, without touching what is there.
 
     Args:
@@ -54,6 +57,7 @@ def stage_model(proto: onnx.ModelProto, values: Mapping[str, Values], path: Path
         path: where it will be after ``commit``.
         external: put weights in a data file beside it; done unasked where the file would pass ``limit`` bytes.
         limit: the largest ``.onnx`` file to write.
+        metadata: gives entries for ``metadata_props``, asked for as late as possible.
 
     Raises:
         InputError: the folder is missing or not writable, or the disk is full.
@@ -61,11 +65,11 @@ def stage_model(proto: onnx.ModelProto, values: Mapping[str, Values], path: Path
     staged = Staged(path)
     try:
         if not external:
-            pieces, size = _inline(proto, values)
+            pieces, size = _inline(_with_metadata(proto, metadata), values)
             if size <= limit:
                 staged.write(pieces)
                 return staged
-        staged.write([_external(proto, values, staged, limit)])
+        staged.write([_external(proto, values, staged, limit, metadata)])
     except BaseException as error:
         staged.discard()
         if isinstance(error, OSError):
@@ -184,7 +188,21 @@ def _inline(proto: onnx.ModelProto, values: Mapping[str, Values]) -> tuple[list[
     return expand(proto.SerializeToString(deterministic=True), weight)
 
 
-def _external(proto: onnx.ModelProto, values: Mapping[str, Values], staged: Staged, limit: int) -> bytes | Values:
+def _with_metadata(proto: onnx.ModelProto, metadata: Callable[[], Mapping[str, str]] | None) -> onnx.ModelProto:
+    if metadata is None:
+        return proto
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    entries = metadata()
+    kept = [(each.key, each.value) for each in model.metadata_props if each.key not in entries]
+    del model.metadata_props[:]
+    for key, value in (*kept, *entries.items()):
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def _external(proto: onnx.ModelProto, values: Mapping[str, Values], staged: Staged, limit: int,
+              metadata: Callable[[], Mapping[str, str]] | None) -> bytes | Values:
     """Write the data file; returns the bytes of the model that names it."""
     model = onnx.ModelProto()
     model.CopyFrom(proto)
@@ -198,7 +216,7 @@ def _external(proto: onnx.ModelProto, values: Mapping[str, Values], staged: Stag
             if key is None:
                 continue
             weight = values[key]
-            if weight.nbytes < SMALLEST or (in_attribute and not attributes_too):
+            if weight.nbytes < _SMALLEST_OUTSIDE or (in_attribute and not attributes_too):
                 rest += weight.nbytes
                 continue
             place = places.get(_identity(weight))
@@ -215,7 +233,7 @@ def _external(proto: onnx.ModelProto, values: Mapping[str, Values], staged: Stag
             del tensor.external_data[:]
             for key, value in (("location", name), ("offset", str(place)), ("length", str(weight.nbytes))):
                 tensor.external_data.add(key=key, value=value)
-    pieces, _ = _inline(model, values)
+    pieces, _ = _inline(_with_metadata(model, metadata), values)
     return b"".join(piece if isinstance(piece, bytes) else b"".join(piece.tiles()) for piece in pieces)
 
 
@@ -240,10 +258,15 @@ def _put(file: BinaryIO, piece: bytes | Values) -> bytes:
         if _copy(piece, file):
             return piece._digest
     digest = hashlib.sha256()
+    hashed: Future[None] | None = None
     for tile in piece.tiles(_TILE):
+        if hashed is not None:
+            hashed.result()
+        hashed = _HASHER.submit(digest.update, tile)  # while it is written
         file.write(tile)
-        digest.update(tile)
         written += len(tile)
+    if hashed is not None:
+        hashed.result()
     if written != piece.nbytes:
         raise ValueError(f"a weight of {piece.nbytes} bytes came out with {written}")
     piece._digest = digest.digest()

@@ -69,8 +69,8 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
-        model.metadata.update({"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(),
-                               **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}})
+        model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(),
+                                  **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}}
         staged = model.stage(job.output, external=job.external)
     else:
         staged = _copy(model, job)

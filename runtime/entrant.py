@@ -11,6 +11,7 @@ from typing import Any
 from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.store import read_model
+from .feed_check import check_keys
 from .feeds import Feed, Feeds
 from .machine import ResidentMemory
 from .onnx_runtime import complaints, onnx_runtime
@@ -90,6 +91,7 @@ class _Run:
         self.binding = session.raw.io_binding()
         self.options = _quiet_options()
         self._held: list[Any] = []  # the binding does not keep the arrays alive
+        check_keys(session.name, feed, session.inputs)
         kinds = {spec.name: spec for spec in session.inputs}
         for name, array in feed.items():
             if not hasattr(array, "dtype") or not kinds[name].is_tensor:

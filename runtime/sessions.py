@@ -9,6 +9,7 @@ from typing import Any
 
 from ..graph.errors import InputError
 from ..graph.model import Model
+from .feed_check import check_keys
 from .onnx_runtime import PROVIDERS, complaints, onnx_runtime, providers, session_options
 from .ort_values import array_value, is_foreign, to_array, weight_value
 from .specs import InputSpec, ValueSpec, specs_of
@@ -58,6 +59,7 @@ class Session:
             raise InputError(f"{self.name}: no output '{unknown[0]}': choose from {', '.join(outputs)}")
         if not wanted:
             return {}
+        check_keys(self.name, feed, self.inputs)
         specs = [*(spec for spec in self.inputs if spec.name in feed), *(outputs[name] for name in wanted)]
         with complaints(self.name, "run"):
             if any(spec.is_tensor and is_foreign(spec.element_type) for spec in specs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from os import PathLike
+from typing import Any
 
 import onnx
 
@@ -125,12 +126,15 @@ def prune(graph: onnx.GraphProto, outputs: set[str]) -> None:
         new = {name for name in reads(node) if name} - needed
         needed |= new
         pending += new
-    for field, wanted in (("node", lambda node: id(node) in kept), ("initializer", lambda each: each.name in needed),
-                          ("output", lambda info: info.name in outputs)):
-        items = getattr(graph, field)
-        copies = [type(item).FromString(item.SerializeToString()) for item in items if wanted(item)]
-        del items[:]
-        items.extend(copies)
+    _keep(graph.node, [id(node) in kept for node in graph.node])
+    _keep(graph.initializer, [tensor.name in needed for tensor in graph.initializer])
+    _keep(graph.output, [info.name in outputs for info in graph.output])
+
+
+def _keep(items: Any, wanted: list[bool]) -> None:
+    copies = [type(item).FromString(item.SerializeToString()) for item, keep in zip(items, wanted, strict=True) if keep]
+    del items[:]
+    items.extend(copies)
 
 
 def _title(node: onnx.NodeProto) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from .affine_fit import PairMoments, fit_affine
+from ..runtime import DiagonalMoments, Moments
+from .affine_fit import fit_affine
 from .base import BlockPass, Context, Refused, Rewritten
 from .measure import rows, unmeasurable
 from .token_weights import token_weights, weight_values
 
-Array = npt.NDArray[Any]
 _HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses the ridge
 
 
@@ -72,7 +71,7 @@ class LinearizeFFN(BlockPass):
             return refusal
         if self.fit == "neuron":
             return self._lines(model, block, context)
-        fit, held_out = PairMoments(), PairMoments()
+        fit, held_out = Moments(), Moments()
         axis = block.axis
         wanted = [block.input, block.output, *weight_values(block, self.weight)]
         assert context.fit is not None
@@ -85,35 +84,30 @@ class LinearizeFFN(BlockPass):
                 held = np.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
             for moments, chosen in ((fit, good & ~held), (held_out, good & held)):
                 if chosen.any():
-                    moments.update(x[chosen], y[chosen], weights[chosen])
-        tokens = fit.count + held_out.count
+                    moments.update(x[chosen], y[chosen], weights=weights[chosen])
+        tokens = fit.rows + held_out.rows
         if tokens < block.d_model:
             return Refused(f"{tokens} tokens are too few for {block.d_model} inputs: give more feeds", block.input.name)
         return fit_affine(fit, held_out)
 
     def _lines(self, model: Model, block: FFNBlock, context: Context) -> object:
         """Slope and intercept of each neuron, ``[d_ff]`` each, for z as the projection gives it."""
-        sums: Array = np.zeros(0)
         leaf = block.region.leaves[0].tensor
         wanted = [leaf, block.hidden, block.output, *weight_values(block, self.weight)]
-        assert context.fit is not None
         axes = [block.up.linear.axis, block.down.linear.axis] + [block.axis] * (len(wanted) - 2)
+        moments = DiagonalMoments()
+        assert context.fit is not None
         for z, h, y, *others in rows(model, wanted, axes, context.fit, context):
             weights = token_weights(block, y, others, self.weight)
-            z, h = z.astype(np.float64), h.astype(np.float64)
             good = np.isfinite(z).all(axis=1) & np.isfinite(h).all(axis=1) & np.isfinite(weights)
-            z, h, w = z[good], h[good], weights[good, None]
-            part = np.stack([np.broadcast_to(w, z.shape).sum(0), (w * z).sum(0), (w * h).sum(0), (w * z * z).sum(0),
-                             (w * z * h).sum(0)])
-            sums = part if not sums.size else sums + part
-        if not sums.size or not sums[0].all():
+            if good.any():
+                moments.update(z[good], h[good], weights[good])
+        if not moments.rows:
             return Refused("no token of the feeds reached it", block.input.name)
-        total, z, h, zz, zh = sums
-        mean_z, mean_h = z / total, h / total
-        variance = np.maximum(zz / total - mean_z ** 2, 0)
-        covariance = zh / total - mean_z * mean_h
-        slope = np.where(variance > 1e-12 * np.maximum(zz / total, 1e-30), covariance / np.maximum(variance, 1e-30), 0)
-        return slope, mean_h - slope * mean_z
+        variance = moments.variance_z
+        moving = variance > 1e-12 * (variance + moments.mean_z ** 2 + 1e-30)
+        slope = np.where(moving, moments.covariance / np.where(moving, variance, 1), 0)
+        return slope, moments.mean_h - slope * moments.mean_z
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put the affine map, or the lines, in place."""

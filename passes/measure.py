@@ -33,7 +33,7 @@ def rows(model: Model, tensors: Sequence[gs.Tensor], axes: Sequence[int], feeds:
     """
     names = [tensor.name for tensor in tensors]
     moved = {tensor.name: axis for tensor, axis in zip(tensors, axes, strict=True)}
-    for values in capture(model, feeds, sorted(set(names)), axes=moved, provider=context.provider,
+    for values in capture(model, feeds, names, axes=moved, provider=context.provider,
                           threads=context.threads):
         yield [values[name] for name in names]
 

@@ -53,8 +53,8 @@ def divide(feeds: Feeds, fits: bool) -> Split:
     if len(feeds) == 2:
         return Split(feeds[1:], feeds[1:], feeds[:1])
     numbers = range(len(feeds))
-    report, choose, fit = ([n for n in numbers if wanted(n % 6)] for wanted in
-                           (lambda n: n == 0, lambda n: n == 1, lambda n: n > 1))
+    report, choose = [n for n in numbers if n % 6 == 0], [n for n in numbers if n % 6 == 1]
+    fit = [n for n in numbers if n % 6 > 1]
     return Split(_pick(feeds, fit or choose), _pick(feeds, choose), _pick(feeds, report))
 
 

@@ -41,7 +41,7 @@ def capture_raw(source: Source, feeds: Feeds, names: Sequence[str], *, provider:
 def _run(source: Source, feeds: Feeds, names: Sequence[str], provider: str,
          threads: int | None) -> Iterator[tuple[dict[str, Array], Padding]]:
     wanted = list(dict.fromkeys(names))
-    session = open_session(source, provider=provider, threads=threads, outputs=wanted)
+    session = open_session(source, provider=provider, threads=threads, outputs=wanted, only=True)
     _check_tensors(session, wanted)
     for feed in feeds:
         yield session.run(feed, wanted), Padding(feed)

@@ -151,10 +151,14 @@ class Model:
         large: dict[str, Values] = {}
         for tensor in parts.graph.initializer:
             weight = values_of(tensor, values)
-            if weight.nbytes >= _LARGE and tensor.data_location == onnx.TensorProto.EXTERNAL:
-                large[tensor.name] = weight
-                del tensor.external_data[:]
-                tensor.external_data.add(key="location", value="ffnfold")
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            if weight.nbytes < _LARGE:
+                tensor.CopyFrom(_inlined(tensor, values))
+                continue
+            large[tensor.name] = weight
+            del tensor.external_data[:]
+            tensor.external_data.add(key="location", value="ffnfold")
         for tensor in _other_stubs(parts):
             tensor.CopyFrom(_inlined(tensor, values))
         return parts.SerializeToString(), large

@@ -13,6 +13,7 @@ from .files import Source, external_path
 from .tensors import tensors
 from .types import bits_of
 from .weights import StoredValues, Values, check_size, nbytes_of, point, stub_key
+from .wellformed import check_nodes
 from .wire import Payload, Scanner, WireError
 
 _FIELD_TYPES = {4: (onnx.TensorProto.FLOAT, onnx.TensorProto.COMPLEX64),
@@ -62,6 +63,10 @@ def read_model(path: Path) -> Stored:
     del skeleton
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.initializer):
         raise InputError(f"{path}: not an ONNX model (it holds no graph): give the path of an .onnx file")
+    try:
+        check_nodes(proto)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     reader = _Reader(path, source, payloads)
     for tensor, _ in tensors(proto):
         reader.take(tensor)

@@ -155,6 +155,10 @@ class Walker:
             for value in node.inputs[:1] if alias or node.op in _REDUCTIONS or node.op == "Transpose" else node.inputs:
                 if value.name:
                     pending.append((value, turn_axis(node, axis), False))
+        for key, folded in constants.items():
+            if int(np.prod(folded.shape, dtype=np.int64)) not in (0, 1, down.d_in):
+                name = next(tensor.name for node in order for tensor in node.inputs if id(tensor) == key)
+                return Refusal(name, "a constant that is not one number, or one for each neuron", len(region.leaves))
         region._steps = _sorted(order)
         region._constants = constants
         cutters: list[gs.Node] = [node for node in region.nodes if id(node) not in seen]

@@ -116,8 +116,9 @@ class _Reader:
             self.files[location] = Source(external_path(self._path, location), "external data file")
         file = self.files[location]
         offset = _number(entries.get("offset", "0"), where)
-        length = _number(entries["length"], where) if "length" in entries else max(0, file.size - offset)
         shape = self._shape(tensor)
+        # without a length the dimensions say how long it is, as for ONNX Runtime: more may follow in the file
+        length = _number(entries["length"], where) if "length" in entries else nbytes_of(shape, tensor.data_type)
         if offset + length > file.size:
             raise InputError(f"{where} ends at byte {offset + length} of '{location}', which has {file.size}: "
                              "the data file is truncated or belongs to another model")

@@ -92,9 +92,9 @@ class Staged:
         self.data: Path | None = None
         self._created = False
         self.temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path.is_dir it does not fail on a name that is too long
             raise InputError(f"{path}: is a folder: give the path of the .onnx file to write")
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise InputError(f"{path}: there is no folder '{path.parent}': make it first")
         try:
             _remove_leftovers(path)
@@ -328,7 +328,7 @@ def _remove_unnamed(path: Path, old: set[str]) -> None:
     """Remove the data files of the model that was at ``path``, unless some model in the folder still names them."""
     if not old:
         return
-    for model in path.parent.glob("*.onnx"):
+    for model in (path, *path.parent.glob("*.onnx")):  # path itself need not end in .onnx
         old = old - _data_files(model)
     for name in old:
         file = path.with_name(name)

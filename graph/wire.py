@@ -234,8 +234,9 @@ class _Expander(Generic[T]):
         kept, key, position = [], None, start
         while position < end:
             number, _, begin, stop = self._cursor.field(position, end)
-            if number == _EXTERNAL_DATA and self._data.find(_MARKER, begin, stop) >= 0:
-                key = self._value(begin, stop)
+            found = self._marked(begin, stop) if number == _EXTERNAL_DATA else None
+            if found is not None:
+                key = found
             elif number != _DATA_LOCATION:
                 kept.append(self._data[position:stop])
             position = stop
@@ -245,13 +246,14 @@ class _Expander(Generic[T]):
         head = b"".join(kept) + encode_header(field, nbytes)
         return [head, weight], len(head) + nbytes
 
-    def _value(self, start: int, end: int) -> str:
-        position, value = start, b""
+    def _marked(self, start: int, end: int) -> str | None:
+        """The key of a weight, if the entry of ``external_data`` between ``start`` and ``end`` is a marker."""
+        position = start
+        fields = {1: b"", 2: b""}
         while position < end:
             number, _, begin, position = self._cursor.field(position, end)
-            if number == 2:
-                value = self._data[begin:position]
-        return value.decode()
+            fields[number] = self._data[begin:position]
+        return fields[2].decode() if fields[1] == _MARKER else None
 
 
 def encode_varint(value: int) -> bytes:

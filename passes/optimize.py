@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +86,9 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
 
 
 def _check_places(job: Job) -> None:
-    if not job.output.parent.is_dir():
+    if not os.path.isdir(job.output.parent):  # unlike Path.is_dir it does not fail on a name that is too long
         raise InputError(f"{job.output}: there is no folder '{job.output.parent}': make it first")
-    if job.output.is_dir():
+    if os.path.isdir(job.output):
         raise InputError(f"{job.output}: is a folder: give the path of the .onnx file to write")
     if job.limits and job.data is None and not job.synthetic:
         raise InputError("--max-drift needs inputs to measure on: give --data FEEDS (or --synthetic)")

@@ -56,13 +56,35 @@ class Source:
         with self.open() as file:
             return self._pread(file.fileno(), start, end)
 
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill ``buffer`` with the bytes from ``start`` on."""
+        if self._descriptor is not None:
+            self._fill(self._descriptor, buffer, start)
+            return
+        with self.open() as file:
+            self._fill(file.fileno(), buffer, start)
+
+    def _fill(self, descriptor: int, buffer: memoryview, start: int) -> None:
+        if not hasattr(os, "preadv"):
+            buffer[:] = self._pread(descriptor, start, start + len(buffer))
+            return
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            if not count:
+                raise self._shrunk(start + done)
+            done += count
+
+    def _shrunk(self, position: int) -> InputError:
+        return InputError(f"{self.path}: ends at byte {position}, but was longer before: "
+                          "do not change a model while it is in use")
+
     def _pread(self, descriptor: int, start: int, end: int) -> bytes:
         parts, position = [], start
         while position < end:
             part = os.pread(descriptor, end - position, position)
             if not part:
-                raise InputError(f"{self.path}: ends at byte {position}, but was longer before: "
-                                 "do not change a model while it is in use")
+                raise self._shrunk(position)
             parts.append(part)
             position += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import onnx
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from .digests import WORKERS, digest_of
 from .errors import InputError
 from .files import Source
 from .types import bits_of, numpy_type, onnx_type_of
@@ -83,6 +85,10 @@ class Values(LazyValues):  # type: ignore[misc]
             self._digest = hasher.digest()
         return self._digest
 
+    def note_digest(self, digest: bytes) -> None:
+        """Keep the digest that somebody took of the tiles."""
+        self._digest = digest
+
 
 class StoredValues(Values):
     """Numbers that lie in a file, byte for byte as ``raw_data`` would hold them."""
@@ -92,6 +98,7 @@ class StoredValues(Values):
         self.source = source
         self.offset = offset
         self.field = field
+        self._digesting: Future[bytes] | None = None
 
     def load(self) -> Array:
         """A fresh array, read from the file."""
@@ -110,6 +117,26 @@ class StoredValues(Values):
         end = self.offset + self.nbytes
         for start in range(self.offset, end, max_bytes):
             yield self.source.read(start, min(start + max_bytes, end))
+
+    def start_digest(self) -> None:
+        """Let a thread take the digest meanwhile."""
+        if self._digest is None and self._digesting is None:
+            self._digesting = WORKERS.submit(digest_of, self.source, self.offset, self.nbytes)
+
+    def cancel_digest(self) -> None:
+        """Leave the digest, if nobody has begun to take it."""
+        if self._digesting is not None and self._digesting.cancel():
+            self._digesting = None
+
+    def digest(self) -> bytes:
+        """SHA-256 of the bytes as stored."""
+        if self._digest is None:
+            if self._digesting is None:
+                self._digest = digest_of(self.source, self.offset, self.nbytes)
+            else:
+                self._digest = self._digesting.result()
+                self._digesting = None
+        return self._digest
 
 
 class ComputedValues(Values):

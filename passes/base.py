@@ -81,7 +81,7 @@ class Context:
         fit: feeds to fit on; None where there are none.
         choose: feeds to choose by, disjoint from ``fit`` where there are enough.
         provider, threads: how ONNX Runtime runs.
-        ledger: which block is which.
+        ledger: which block is which; only there where a pass of the plan is about blocks.
         progress: told what is going on, one short line.
         memo: what passes of this plan made and may use again (weights that stay shared).
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import onnx
 
 from ..graph.check import check_structure, sort_nodes
@@ -17,16 +19,16 @@ class BrokenByPass(Exception):
 
 
 class Gate:
-    """Remembers what was wrong with the input, so that only what a pass broke counts.
+    """Lets through what is valid, and what is wrong with the input already: only what a pass broke counts.
 
     Args:
         model: the plan's input.
     """
 
     def __init__(self, model: Model) -> None:
-        self._complaint = checker_complaint(model.proto)
-        self._loads = load_complaint(model) is None
-        self._interface = _interface(model.proto)
+        self._proto, self._values = model.to_proto()
+        self._model = model
+        self._interface = _interface(self._proto)
 
     def check(self, model: Model, pass_name: str) -> None:
         """Check ``model`` as it stands after the pass called ``pass_name``.
@@ -42,12 +44,19 @@ class Gate:
         if _interface(proto) != self._interface:
             raise BrokenByPass(f"pass '{pass_name}' changed the inputs or outputs of the graph")
         complaint = checker_complaint(proto)
-        if complaint is not None and self._complaint is None:
+        if complaint is not None and self._input_is_accepted:
             raise BrokenByPass(f"pass '{pass_name}' made a graph that onnx.checker refuses: {complaint}")
-        if self._loads:
-            complaint = load_complaint(model)
-            if complaint is not None:
-                raise BrokenByPass(f"pass '{pass_name}' made a graph that ONNX Runtime does not load: {complaint}")
+        complaint = load_complaint(model)
+        if complaint is not None and self._input_loads:
+            raise BrokenByPass(f"pass '{pass_name}' made a graph that ONNX Runtime does not load: {complaint}")
+
+    @cached_property
+    def _input_is_accepted(self) -> bool:
+        return checker_complaint(self._proto) is None
+
+    @cached_property
+    def _input_loads(self) -> bool:
+        return load_complaint(Model(self._proto, self._values, self._model.path, self._model.external)) is None
 
 
 def checker_complaint(proto: onnx.ModelProto) -> str | None:

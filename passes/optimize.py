@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,12 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     progress(f"reading {job.model}")
     model = Model.load(job.model)
     split = _feeds(job, model)
-    fingerprint = InputHash(job.model, model.stored.values())
+    with contextlib.closing(InputHash(job.model, model.stored.values())) as fingerprint:
+        return _rewrite(job, model, split, fingerprint, progress)
+
+
+def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash,
+             progress: Callable[[str], None]) -> dict[str, Any]:
     fitting = split if job.plan.needs_feeds else None
     results = run_plan(model, job.plan, fit=fitting.fit if fitting else None, choose=fitting.choose if fitting else None,
                        provider=job.provider, threads=job.threads, progress=progress)

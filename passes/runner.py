@@ -33,11 +33,12 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
     if plan.needs_feeds and fit is None:
         raise InputError(f"the pass '{plan.needs_feeds[0]}' needs real inputs with these options: give them with --data")
     gate = Gate(model)
-    context = Context(fit, choose or fit, provider, threads, Ledger(model), progress)
-    for each in plan:
-        blocks = getattr(each, "blocks", None)
-        if blocks is not None:
-            context.ledger.select(blocks)  # before anything runs: an index that is not there is the user's mistake
+    context = Context(fit, choose or fit, provider, threads, progress=progress)
+    asked = [blocks for blocks in (getattr(each, "blocks", None) for each in plan) if blocks is not None]
+    if asked:
+        context.ledger = Ledger(model)
+    for blocks in asked:
+        context.ledger.select(blocks)  # before anything runs: an index that is not there is the user's mistake
     results = []
     for each in plan:
         progress(each.name)
@@ -45,6 +46,7 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
         result = each.run(model, context)
         if result.fired:
             gate.check(model, each.name)
-            context.ledger.refresh(each.name)
+            if asked:
+                context.ledger.refresh(each.name)
         results.append(dataclasses.replace(result, seconds=time.perf_counter() - started))
     return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import onnx_graphsurgeon as gs
 
@@ -100,14 +100,15 @@ def current(tensor: gs.Tensor) -> gs.Tensor:
 
 
 def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    """Whether ``tensor`` is an output of ``graph``."""
-    return any(tensor is output for output in graph.outputs)
+    """Whether the name of ``tensor`` must stay: it is an output of ``graph``, or of a graph inside that gives it out as it is."""
+    return getattr(tensor, "captured", False) or any(tensor is output for output in graph.outputs)
 
 
-def remove_dead(graph: gs.Graph, seeds: Iterable[gs.Node]) -> int:
+def remove_dead(graph: gs.Graph, seeds: Iterable[gs.Node], removable: Callable[[gs.Node], bool] = lambda node: True) -> int:
     """Remove those of ``seeds`` whose outputs nothing reads, then what only they read, and so on upwards.
 
-    Nodes that were dead before and are not reached from ``seeds`` stay (``clean-up`` is the pass for those).
+    Nodes that were dead before and are not reached from ``seeds`` stay (``clean-up`` is the pass for those), as do those
+    that are not ``removable``.
 
     Returns:
         The number of nodes removed.
@@ -118,9 +119,9 @@ def remove_dead(graph: gs.Graph, seeds: Iterable[gs.Node]) -> int:
     dead: set[int] = set()
     while pending:
         node = pending.pop()
-        if id(node) in dead or id(node) not in present:
+        if id(node) in dead or id(node) not in present or not removable(node):
             continue
-        if any(tensor.outputs or id(tensor) in outputs for tensor in node.outputs):
+        if any(tensor.outputs or id(tensor) in outputs or getattr(tensor, "captured", False) for tensor in node.outputs):
             continue
         dead.add(id(node))
         sources = [producer(tensor) for tensor in reads(node)]

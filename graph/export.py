@@ -30,7 +30,7 @@ class Exporter:
     def _graph(self, view: gs.Graph) -> tuple[onnx.GraphProto, bool]:
         original: onnx.GraphProto = view.origin
         exported = [self._node(node) for node in view.nodes]
-        untouched = len(exported) == len(original.node) and all(
+        untouched = not view.swept and len(exported) == len(original.node) and all(
             not changed and node.origin.proto is proto
             for node, (_, changed), proto in zip(view.nodes, exported, original.node, strict=True))
         if untouched:
@@ -55,7 +55,8 @@ class Exporter:
         imported = {constant.name: constant for constant in view.constants}
         for tensor in view.origin.initializer:
             constant = imported.get(tensor.name)
-            if constant is None or id(constant) in used or tensor.name in outputs or not constant.was_used:
+            if constant is None or id(constant) in used or tensor.name in outputs or not constant.was_used or getattr(
+                    constant, "captured", False):
                 yield tensor
         for constant in used.values():
             if constant.home is view and imported.get(constant.name) is not constant:
@@ -114,3 +115,4 @@ def constants_read(nodes: Iterable[gs.Node]) -> Iterator[gs.Constant]:
         for value in node.attrs.values():
             if isinstance(value, gs.Graph):
                 yield from constants_read(value.nodes)
+                yield from (tensor for tensor in value.outputs if isinstance(tensor, gs.Constant))

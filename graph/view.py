@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import onnx_graphsurgeon as gs
 
+from .scope import free_names
 from .weights import Values, values_of
 
 Signature = tuple[Any, ...]
@@ -80,10 +81,14 @@ class Importer:
             scope.setdefault(name, gs.Variable(name))
         resolve = _Resolver(scope, outer or {})
         outputs = [resolve(info.name) for info in proto.output]
+        for output in outputs:
+            if outer is not None and outer.get(output.name) is output:
+                output.captured = True  # known to this graph by its name alone: it must stay
         nodes = [self._node(node, resolve) for node in proto.node]
         view = gs.Graph(nodes=nodes, inputs=inputs, outputs=outputs, name=proto.name, opset=self._opset)
         view.origin = proto
         view.constants = constants
+        view.swept = False  # whether it is written without the initializers that nothing reads
         for constant in constants:
             constant.home = view  # the graph whose initializer it is
             constant.was_used = bool(constant.outputs)
@@ -117,6 +122,8 @@ class Importer:
             return gs.Constant(proto.t.name, values_of(proto.t, self._values))
         if proto.type == kind.GRAPH:
             return self.graph(proto.g, {**resolve.outer, **resolve.scope})
+        for name in {name for graph in proto.graphs for name in free_names(graph)}:
+            resolve(name).captured = True
         return Opaque(proto)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ..graph.edit import current
 from ..graph.errors import InputError
 from ..graph.ffn import FFNBlock, find_ffn_blocks
 from ..graph.model import Model
@@ -53,7 +54,7 @@ class Ledger:
 
     def refresh(self, changed_by: str) -> None:
         """Look for the blocks again after the pass called ``changed_by`` changed the model."""
-        outputs = {id(block.output): index for index, block in self._blocks.items()}
+        outputs = {id(current(block.output)): index for index, block in self._blocks.items()}
         weights = {_sources(block): index for index, block in self._blocks.items()}
         found: dict[int, FFNBlock] = {}
         unknown: list[FFNBlock] = []

@@ -87,11 +87,17 @@ class Plan:
         return yaml.safe_dump(self.entries(), sort_keys=False)
 
 
+EXACT_PLAN = ("clean-up", "dedupe-weights", "fold-bias", "fuse-matmul")
+"""The exact passes, as texts for :meth:`Plan.parse`, in this order:
+
+* ``clean-up`` first, so that the others see through Identity; ``dedupe-weights`` next, so that they know what is shared;
+* then what folds.
+"""
+
+
 def default_plan(target: str) -> Plan:
-    """What ``optimize`` runs when it is told nothing: needs no feeds."""
-    if target == "cuda":
-        return Plan.parse(["fold-bias", "fuse-matmul", "quantize-ffn:form=weight-only"])
-    return Plan.parse(["fold-bias", "fuse-matmul", "quantize-ffn"])
+    """What ``optimize`` runs when it is told nothing: the exact passes, then int8. Needs no feeds."""
+    return Plan.parse([*EXACT_PLAN, "quantize-ffn:form=weight-only" if target == "cuda" else "quantize-ffn"])
 
 
 def _parse(text: str) -> Pass:

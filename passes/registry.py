@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from ..graph.errors import InputError
 from . import options
 from .base import Pass
+from .clean_up import CleanUp
+from .dedupe_weights import DedupeWeights
 from .fold_bias import FoldBias
 from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
 from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (FoldBias, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
+    CleanUp, DedupeWeights, FoldBias, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

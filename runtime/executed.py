@@ -1,0 +1,54 @@
+"""What ONNX Runtime really runs: the operators left after its own optimizations."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..graph.model import Model
+from .onnx_runtime import complaints, onnx_runtime, providers, session_options
+from .ort_values import weight_value
+from .sessions import Source
+
+
+def executed_ops(source: Source, *, provider: str = "cpu", threads: int | None = None) -> Counter[str]:
+    """How often each operator is in the graph that ONNX Runtime made of ``source``, inner graphs included.
+
+    Operators outside the default domain are written ``domain:Op``. Fusions show as operators that the model did not have.
+
+    Raises:
+        InputError: ONNX Runtime refuses the model.
+    """
+    options = session_options({"session.optimized_model_external_initializers_file_name": "weights",
+                               "session.optimized_model_external_initializers_min_size_in_bytes": "1024"}, threads, True)
+    opened: str | bytes = str(source)
+    held: list[Any] = []
+    if isinstance(source, Model):
+        opened, weights = source.session_parts()
+        held = [weight_value(values) for values in weights.values()]
+        if held:
+            options.add_external_initializers(list(weights), held)
+    name = str(source.path) if isinstance(source, Model) else str(source)
+    with tempfile.TemporaryDirectory(prefix="ffnfold-") as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        with complaints(name, "load"):
+            onnx_runtime().InferenceSession(opened, options, providers=providers(provider, {}, False),
+                                            enable_fallback=False)
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return count_ops(optimized.graph)
+
+
+def count_ops(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each operator is in ``graph`` and the graphs inside it."""
+    found: Counter[str] = Counter()
+    pending = [graph]
+    while pending:
+        for node in pending.pop().node:
+            found[f"{node.domain}:{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type] += 1
+            for attribute in node.attribute:
+                pending += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    return found

@@ -82,7 +82,7 @@ class Importer:
         resolve = _Resolver(scope, outer or {})
         outputs = [resolve(info.name) for info in proto.output]
         for output in outputs:
-            if outer is not None and outer.get(output.name) is output:
+            if outer is not None and output.name in outer and outer[output.name] is output:
                 output.captured = True  # known to this graph by its name alone: it must stay
         nodes = [self._node(node, resolve) for node in proto.node]
         view = gs.Graph(nodes=nodes, inputs=inputs, outputs=outputs, name=proto.name, opset=self._opset)

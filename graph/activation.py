@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
 
-from .pointwise import Array, elu, gelu, gelu_tanh, mish, silu
+from .pointwise import Array, elu, gelu, gelu_tanh, mish, sigmoid, silu
 from .region import Region
 
 GRID = np.concatenate([np.linspace(-9, 9, 181), np.linspace(-0.6, 0.6, 25)])
 KNOWN: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.maximum(x, 0), "relu2": lambda x: np.maximum(x, 0) ** 2, "gelu": gelu, "gelu_tanh": gelu_tanh,
-    "quick_gelu": lambda x: silu(x, 1.702), "silu": silu, "sigmoid": special.expit, "tanh": np.tanh, "mish": mish,
+    "quick_gelu": lambda x: silu(x, 1.702), "silu": silu, "sigmoid": sigmoid, "tanh": np.tanh, "mish": mish,
     "softplus": lambda x: np.logaddexp(0, x), "elu": elu, "identity": lambda x: x,
 }
 _TOLERANCE = 1.5e-3  # of the largest value near zero; gelu and gelu_tanh differ by 4.7e-4 of it at their worst

@@ -12,16 +12,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 Array = npt.NDArray[Any]
 Attributes = Mapping[str, Any]
 Function = Callable[[Sequence[Array], Attributes], Array]
 
 
+def erf(x: Array) -> Array:
+    """The error function."""
+    from scipy import special  # when it is needed: takes 0.1 s to import
+
+    return np.asarray(special.erf(x))
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x))"""
+    from scipy import special
+
+    return np.asarray(special.expit(x))
+
+
 def gelu(x: Array) -> Array:
     """x Φ(x) (Hendrycks and Gimpel, arXiv 1606.08415)."""
-    return np.asarray(0.5 * x * (1 + special.erf(x / np.sqrt(2))))
+    return np.asarray(0.5 * x * (1 + erf(x / np.sqrt(2))))
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -31,7 +44,7 @@ def gelu_tanh(x: Array) -> Array:
 
 def silu(x: Array, alpha: float = 1.0) -> Array:
     """x σ(alpha x); alpha = 1.702 is quick_gelu."""
-    return np.asarray(x * special.expit(alpha * x))
+    return np.asarray(x * sigmoid(alpha * x))
 
 
 def mish(x: Array) -> Array:
@@ -101,7 +114,7 @@ POINTWISE: dict[tuple[str, str], Function] = {
     ("", "Celu"): lambda inputs, attrs: elu(inputs[0] / attrs.get("alpha", 1.0)) * attrs.get("alpha", 1.0),
     ("", "Selu"): _selu,
     ("", "Gelu"): _gelu,
-    ("", "Sigmoid"): _unary(special.expit),
+    ("", "Sigmoid"): _unary(sigmoid),
     ("", "HardSigmoid"): _hard_sigmoid,
     ("", "HardSwish"): _unary(lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
     ("", "Swish"): lambda inputs, attrs: silu(inputs[0], attrs.get("alpha", 1.0)),
@@ -109,7 +122,7 @@ POINTWISE: dict[tuple[str, str], Function] = {
     ("", "Softplus"): _unary(lambda x: np.logaddexp(0, x)),
     ("", "Softsign"): _unary(lambda x: x / (1 + np.abs(x))),
     ("", "Shrink"): _shrink,
-    ("", "Tanh"): _unary(np.tanh), ("", "Erf"): _unary(special.erf), ("", "Exp"): _unary(np.exp),
+    ("", "Tanh"): _unary(np.tanh), ("", "Erf"): _unary(erf), ("", "Exp"): _unary(np.exp),
     ("", "Log"): _unary(np.log), ("", "Sqrt"): _unary(np.sqrt), ("", "Neg"): _unary(np.negative),
     ("", "Abs"): _unary(np.abs), ("", "Reciprocal"): _unary(np.reciprocal), ("", "Sign"): _unary(np.sign),
     ("", "Sin"): _unary(np.sin), ("", "Cos"): _unary(np.cos), ("", "Floor"): _unary(np.floor),
@@ -134,7 +147,7 @@ CONTRIB_WITH_BIAS = frozenset({"BiasGelu", "FastGelu"})
 FUSED: dict[str, Callable[[Array, Attributes], Array]] = {
     "Relu": lambda x, attrs: np.maximum(x, 0),
     "LeakyRelu": lambda x, attrs: np.where(x >= 0, x, attrs.get("activation_alpha", 0.01) * x),
-    "Sigmoid": lambda x, attrs: special.expit(x),
+    "Sigmoid": lambda x, attrs: sigmoid(x),
     "Tanh": lambda x, attrs: np.tanh(x),
     "Softplus": lambda x, attrs: np.logaddexp(0, x),
     "Softsign": lambda x, attrs: x / (1 + np.abs(x)),

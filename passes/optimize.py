@@ -15,6 +15,7 @@ from ..graph.hashes import InputHash
 from ..graph.model import Model
 from ..graph.save import Staged
 from ..graph.store import read_model
+from ..graph.weights import StoredValues
 from ..runtime import Feeds, Limit, compare, race, synthetic_feeds
 from ..runtime.specs import input_specs
 from .base import PassResult
@@ -82,7 +83,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
     else:
         staged = _copy(model, job)
     with staged:
-        report = _measure(job, results, staged, split, progress)
+        report = _measure(job, model, results, staged, split, progress)
         report["notes"] = _notes(job, split, fired, report)
         if report["ok"] or not job.strict:
             staged.commit()
@@ -124,9 +125,9 @@ def _copy(model: Model, job: Job) -> Staged:
     return staged
 
 
-def _measure(job: Job, results: list[PassResult], staged: Staged, split: Split | None,
+def _measure(job: Job, model: Model, results: list[PassResult], staged: Staged, split: Split | None,
              progress: Callable[[str], None]) -> dict[str, Any]:
-    before = read_model(job.model).nbytes
+    before = _bytes_on_disk(model)
     after = read_model(staged.temporary).nbytes
     report: dict[str, Any] = {
         "model": str(job.model), "output": str(job.output), "plan": job.plan.entries(),
@@ -144,6 +145,12 @@ def _measure(job: Job, results: list[PassResult], staged: Staged, split: Split |
     report["speed"] = {**timing["ratios"][-1], "model": str(job.output)}
     report["machine"] = timing["machine"]
     return report
+
+
+def _bytes_on_disk(model: Model) -> int:
+    """Size of the file that ``model`` was loaded from and of the external data that its tensors use."""
+    outside = [each for each in model.stored.values() if isinstance(each, StoredValues) and each.source.path != model.path]
+    return os.path.getsize(model.path) + sum(each.nbytes for each in outside)
 
 
 def _notes(job: Job, split: Split | None, fired: int, report: dict[str, Any]) -> list[str]:

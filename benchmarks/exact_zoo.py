@@ -63,7 +63,7 @@ def judge(path: Path, plan: list[str]) -> dict[str, Any]:
     """What the plan did to one file, and what is wrong with that."""
     try:
         model = Model.load(path)
-        before = open_session(path, threads=1)
+        open_session(path, threads=1)
     except InputError as error:
         return {"refused": str(error)}
     try:
@@ -78,8 +78,8 @@ def judge(path: Path, plan: list[str]) -> dict[str, Any]:
     wrong = list(_wrong(report))
     if sizes[1] > sizes[0] + 2048:  # names and bookkeeping
         wrong.append(f"the file grew from {sizes[0]} to {sizes[1]} bytes")
-    return {"fired": {result.name: result.fired for result in results}, "inputs": [spec.name for spec in before.inputs],
-            "nodes": report.nodes, "executed": report.executed, "difference": report.differences,
+    return {"fired": {result.name: result.fired for result in results}, "nodes": report.nodes, "executed": report.executed,
+            "operators": report.operators, "difference": report.differences,
             "bytes": sizes, "wrong": wrong}
 
 

@@ -72,6 +72,10 @@ class Values(LazyValues):  # type: ignore[misc]
         """A fresh array of ``shape``, one element a number also for 4-bit types."""
         raise NotImplementedError
 
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows ``start`` to ``stop`` (of the first axis), loading no more where that can be helped."""
+        return self.load()[start:stop]
+
     def tiles(self, max_bytes: int = _TILE) -> Iterator[bytes | memoryview]:
         """The bytes as stored (little-endian, row-major), a tile at a time."""
         yield from _cut(_stored_bytes(self.load()), max_bytes)
@@ -104,6 +108,14 @@ class StoredValues(Values):
         """A fresh array, read from the file."""
         data = self.source.read(self.offset, self.offset + self.nbytes)
         return _from_bytes(data, self.shape, self.onnx_type)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows ``start`` to ``stop``, read from the file."""
+        if bits_of(self.onnx_type) < 8:
+            return super().rows(start, stop)
+        row = nbytes_of(self.shape[1:], self.onnx_type)
+        data = self.source.read(self.offset + start * row, self.offset + stop * row)
+        return _from_bytes(data, (stop - start, *self.shape[1:]), self.onnx_type)
 
     def memmap(self) -> Array:
         """A read-only array over the file where elements are whole bytes and aligned, else a fresh one."""
@@ -159,6 +171,12 @@ class ComputedValues(Values):
         if array.shape != self.shape:
             raise ValueError(f"computed {array.shape}, declared {self.shape}")
         return np.ascontiguousarray(array.astype(self.dtype, copy=False))
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows ``start`` to ``stop``, computed."""
+        if self._rows is None:
+            return super().rows(start, stop)
+        return np.asarray(self._rows(start, stop)).astype(self.dtype, copy=False)
 
     def tiles(self, max_bytes: int = _TILE) -> Iterator[bytes | memoryview]:
         """The bytes, computed a group of rows at a time where that is possible."""

@@ -90,7 +90,7 @@ def into_following_linear(model: Model, graph: gs.Graph, node: gs.Node) -> bool 
     if any(dim != 1 for dim in a.shape[:-1]):
         return False
     linears = _linear_readers(graph, node.outputs[0])
-    if linears is None or not all(_takes_bias(linear, width) for linear in linears):
+    if linears is None or not all(takes_bias(linear, width) for linear in linears):
         return False
     reason = _unfit(a)
     if reason is not None:
@@ -101,7 +101,7 @@ def into_following_linear(model: Model, graph: gs.Graph, node: gs.Node) -> bool 
         return False
     vector = np.broadcast_to(a.load().reshape(-1).astype(np.float64), (linears[0].d_in,))
     for linear in linears:
-        _add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
+        add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
     replace_uses(node.outputs[0], x)
     remove_dead(graph, [node])
     return True
@@ -157,14 +157,14 @@ def norm_shift(model: Model, graph: gs.Graph, node: gs.Node) -> bool | Refused:
     linears = _linear_readers(graph, output)
     if linears is None:
         return Refused("another consumer than a linear reads the norm", output.name)
-    if not all(_takes_bias(linear, shift.shape[0]) for linear in linears):
+    if not all(takes_bias(linear, shift.shape[0]) for linear in linears):
         return Refused("a linear that reads the norm has no bias to take its shift", output.name)
     reason = _unfit(shift)
     if reason is not None:
         return Refused(reason, output.name) if reason else False
     vector = shift.load().astype(np.float64)
     for linear in linears:
-        _add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
+        add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
     set_inputs(node, node.inputs[:2])
     return True
 
@@ -247,7 +247,7 @@ def _linear_readers(graph: gs.Graph, tensor: gs.Tensor) -> list[Linear] | None:
     return found or None
 
 
-def _takes_bias(linear: Linear, width: int) -> bool:
+def takes_bias(linear: Linear, width: int) -> bool:
     """Whether something can be added to the bias of ``linear`` without another node."""
     if linear.quantized or linear.experts != 1 or linear.gathered or linear.axis != -1 or linear.overridable:
         return False
@@ -258,7 +258,8 @@ def _takes_bias(linear: Linear, width: int) -> bool:
     return linear.bias is not None or linear.kind == "Gemm"
 
 
-def _add_to_bias(model: Model, graph: gs.Graph, linear: Linear, extra: Array) -> None:
+def add_to_bias(model: Model, graph: gs.Graph, linear: Linear, extra: Array) -> None:
+    """``b ← b + extra`` in the bias of ``linear``, or in a new one of its Gemm. ``extra``: ``[d_out]``, float64."""
     build = Builder(model, graph, linear.node.name or "fold_bias", linear.onnx_type)
     total = extra if linear.bias is None else linear.bias().astype(np.float64) + extra
     constant = build.constant(total, "folded_bias")

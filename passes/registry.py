@@ -10,13 +10,14 @@ from .base import Pass
 from .clean_up import CleanUp
 from .dedupe_weights import DedupeWeights
 from .fold_bias import FoldBias
+from .fold_norm import FoldNorm
 from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
 from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    CleanUp, DedupeWeights, FoldBias, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
+    CleanUp, DedupeWeights, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

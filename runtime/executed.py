@@ -15,8 +15,8 @@ from .ort_values import weight_value
 from .sessions import Source
 
 
-def executed_ops(source: Source, *, provider: str = "cpu", threads: int | None = None) -> Counter[str]:
-    """How often each operator is in the graph that ONNX Runtime made of ``source``, inner graphs included.
+def executed_ops(source: Source | bytes, *, provider: str = "cpu", threads: int | None = None) -> Counter[str]:
+    """How often each operator is in the graph that ONNX Runtime made of ``source`` (or its bytes), inner graphs included.
 
     Operators outside the default domain are written ``domain:Op``. Fusions show as operators that the model did not have.
 
@@ -25,14 +25,14 @@ def executed_ops(source: Source, *, provider: str = "cpu", threads: int | None =
     """
     options = session_options({"session.optimized_model_external_initializers_file_name": "weights",
                                "session.optimized_model_external_initializers_min_size_in_bytes": "1024"}, threads, True)
-    opened: str | bytes = str(source)
+    opened: str | bytes = source if isinstance(source, bytes) else str(source)
     held: list[Any] = []
     if isinstance(source, Model):
         opened, weights = source.session_parts()
         held = [weight_value(values) for values in weights.values()]
         if held:
             options.add_external_initializers(list(weights), held)
-    name = str(source.path) if isinstance(source, Model) else str(source)
+    name = str(source.path) if isinstance(source, Model) else "the model" if isinstance(source, bytes) else str(source)
     with tempfile.TemporaryDirectory(prefix="ffnfold-") as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         with complaints(name, "load"):

@@ -29,11 +29,14 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("feeds", type=Path)
     parser.add_argument("--blocks", default="all")
+    parser.add_argument("--fit", type=int, help="use this many fitting feeds (default all)")
+    parser.add_argument("--report", type=int, help="use this many reporting feeds (default all)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model = ffnfold.load(arguments.model)
     specs = input_specs(model)
     fit, report = load_feeds(arguments.feeds / "fit", specs), load_feeds(arguments.feeds / "report", specs)
+    fit, report = fit[:arguments.fit], report[:arguments.report]
     chosen = [block.index for block in ffnfold.find_ffn_blocks(model) if block.index in Blocks.parse(arguments.blocks)]
     gated = {block.index for block in ffnfold.find_ffn_blocks(model) if block.gated}
     reference = open_session(arguments.model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.model import Model
@@ -75,7 +75,7 @@ def _behind(ratios: list[dict[str, Any]], earlier: dict[str, float], percent: fl
 
 def _show(result: dict[str, Any]) -> None:
     ratios = {each["model"]: each for each in result["ratios"]}
-    table = Table("model", "p50", "p90", "p99", "load", "size", "speed-up (95 % interval)", "nodes")
+    table = Table(Column("model", overflow="fold"), "p50", "p90", "p99", "load", "size", "speed-up (95 % interval)", "nodes")
     for each in result["models"]:
         ratio = ratios.get(each["model"])
         speed = f"{ratio['speedup']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else "–"

@@ -12,7 +12,7 @@ from ..graph.report import describe
 from ..passes.optimize import Job, optimize_file
 from ..passes.plan import default_plan
 from .options import PATH
-from .output import console, emit, progress
+from .output import emit, progress, say
 from .report import print_report, write_report
 
 
@@ -33,7 +33,7 @@ def command(output: Path, as_json: bool) -> None:
     if as_json:
         emit(report)
     else:
-        print_report(report, console)
-        console.print(f"written: {output}/optimized.onnx, plan.yaml, report.json, report.md")
+        print_report(report)
+        say(f"written: {output}/optimized.onnx, plan.yaml, report.json, report.md")
     if not report["ok"]:
         sys.exit(1)

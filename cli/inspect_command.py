@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.report import describe
-from .output import console, emit
+from .output import console, emit, say
 
 
 @click.command("inspect")
@@ -43,19 +43,20 @@ def command(models: tuple[Path, ...], as_json: bool, explain: bool) -> None:
 
 def _show(description: dict[str, object], explain: bool) -> None:
     blocks: list[dict[str, object]] = description["ffn_blocks"]  # type: ignore[assignment]
-    console.print(f"[bold]{description['model']}[/]  opset {description['opset']}, {description['nodes']} nodes, "
-                  f"{description['parameters']:,} parameters, {description['producer']}")
+    say(str(description["model"]), style="bold")
+    say(f"opset {description['opset']}, {description['nodes']} nodes, {description['parameters']:,} parameters"
+        + (f", {description['producer']}" if description["producer"] else ""))
     if not blocks:
-        console.print("no FFN block found" + ("" if explain else " (--explain says what was looked at)"))
+        say("no FFN block found" + ("" if explain else " (--explain says what was looked at)"))
     else:
-        table = Table("block", "name", "shape", "activation", "bias", "parameters", "notes")
+        table = Table("block", Column("name", overflow="fold"), "shape", "activation", "bias", "parameters", "notes")
         for block in blocks:
             table.add_row(str(block["index"]), str(block["name"]), _shape(block), _activation(block), _bias(block),
                           f"{block['parameters']:,}", _notes(block))
         console.print(table)
     rejected: list[dict[str, str]] = description["rejected"]  # type: ignore[assignment]
     if explain and rejected:
-        table = Table("not an FFN block", "because")
+        table = Table(Column("not an FFN block", overflow="fold"), "because")
         for each in rejected:
             table.add_row(each["value"], each["reason"])
         console.print(table)

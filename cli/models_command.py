@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .. import models
 from .options import PATH
-from .output import console, emit, progress
+from .output import console, emit, progress, say
 
 
 @click.group("models")
@@ -45,4 +45,4 @@ def get_model(name: str, output: Path | None, as_json: bool) -> None:
     if as_json:
         emit({"name": name, "model": str(path), "feeds": str(folder / "feeds")})
     else:
-        console.print(f"{path}, inputs in {folder / 'feeds'}")
+        say(f"{path}, inputs in {folder / 'feeds'}")

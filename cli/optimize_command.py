@@ -12,8 +12,8 @@ from ..passes.optimize import Job, optimize_file
 from ..passes.plan import Plan, default_plan
 from ..runtime import parse_limit
 from . import options
-from .output import console, emit, progress
-from .report import print_report, write_report
+from .output import emit, progress
+from .report import check_folder, print_report, write_report
 
 
 @click.command("optimize")
@@ -48,6 +48,8 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
               limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify)
     if no_verify and max_drift:
         raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")
+    if report_folder is not None:
+        check_folder(report_folder)
     with progress(as_json) as tell:
         report = optimize_file(job, tell)
     if report_folder is not None:
@@ -55,6 +57,6 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
     if as_json:
         emit(report)
     else:
-        print_report(report, console)
+        print_report(report)
     if not report["ok"]:
         sys.exit(1)

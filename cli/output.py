@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 
 import click
 from rich.console import Console
 
-console = Console(highlight=False)
+_WIDTH_OF_A_PIPE = 120
+console = Console(highlight=False, markup=False, emoji=False,  # names of values may hold brackets and colons
+                  width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_PIPE)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line for people, not cut to the width of the terminal."""
+    console.print(text, style=style, soft_wrap=True)
 
 
 def emit(value: object) -> None:
     """One JSON object on one line. Not-a-number and infinities become null: JSON has none."""
-    click.echo(json.dumps(plain(value), ensure_ascii=False))
+    click.echo(json.dumps(plain(value)))  # in ASCII, which every terminal and pipe can take
 
 
 def plain(value: object) -> object:
@@ -35,7 +43,7 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda message: None
         return
-    with Console(stderr=True).status("…") as status:
+    with Console(stderr=True, markup=False, emoji=False).status("…") as status:
         yield lambda message: status.update(message)
 
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..graph.errors import InputError
 from ..passes.plan import Plan
-from .output import megabytes, plain
+from .output import console, megabytes, plain, say
 
 _METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "kl_mean", "top1")
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """One table of what happened, and the notes."""
-    table = Table("what", "result", title=f"{report['model']} → {report['output']}", title_justify="left")
+    say(f"{report['model']} → {report['output']}")
+    table = Table("what", "result")
     for what, result in rows(report):
         table.add_row(what, result)
     console.print(table)
     for name, reason, count in refusals(report):
-        console.print(f"  {name} left {count} alone: {reason}")
+        say(f"  {name} left {count} alone: {reason}")
     for note in report["notes"]:
-        console.print(f"[yellow]{note}[/]")
+        say(note, style="yellow")
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -59,6 +60,18 @@ def refusals(report: dict[str, Any]) -> list[tuple[str, str, int]]:
             key = (each["name"], refused["reason"])
             counts[key] = counts.get(key, 0) + 1
     return [(*key, count) for key, count in sorted(counts.items(), key=lambda item: -item[1])]
+
+
+def check_folder(folder: Path) -> None:
+    """Check before the work that a report can be written into ``folder``, which need not be there yet.
+
+    Raises:
+        InputError: it is a file, or its place cannot be written to.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is a file"
+        raise InputError(f"{folder}: the report cannot be written, as '{there}' {what}: choose another folder")
 
 
 def write_report(report: dict[str, Any], plan: Plan, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.model import Model
@@ -15,7 +15,7 @@ from ..passes.per_block import shared_block_outputs
 from ..runtime import compare, load_feeds, parse_limit, synthetic_feeds
 from ..runtime.specs import input_specs
 from . import options
-from .output import console, emit, progress
+from .output import console, emit, progress, say
 
 
 @click.command("verify")
@@ -37,13 +37,12 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
     missed.
     """
     limits = [parse_limit(text) for text in max_drift]
-    model = Model.load(reference)
-    Model.load(candidate)
+    model, other = Model.load(reference), Model.load(candidate)
     specs = input_specs(model)
     if data is None and not synthetic:
         raise InputError("there is nothing to compare on: give real inputs with --data FEEDS, or --synthetic")
     feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(specs, model=model, count=4)
-    blocks = shared_block_outputs(model, Model.load(candidate)) if per_block else {}
+    blocks = shared_block_outputs(model, other) if per_block else {}
     with progress(as_json) as tell:
         drift = compare(reference, candidate, feeds, provider=provider, threads=threads, logits=logits, limits=limits,
                         progress=lambda done, total: tell(f"feed {done} of {total}"))
@@ -59,21 +58,20 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
         emit(result)
     else:
         _show(result, reference, candidate)
+    for sentence in drift.missed:
+        click.echo(f"ffnfold: {sentence}", err=True)
     if not drift:
         sys.exit(1)
 
 
 def _show(result: dict[str, Any], reference: Path, candidate: Path) -> None:
-    table = Table("value", "cosine mean", "min", "rel. error", "max. error", "SQNR", "KL", "top-1",
-                  title=f"{candidate} against {reference}, {result['samples']} {result['feeds']} feeds, {result['provider']}",
-                  title_justify="left")
+    say(f"{candidate} against {reference}, {result['samples']} {result['feeds']} feeds, {result['provider']}")
+    table = Table(Column("value", overflow="fold"), "cosine mean", "min", "rel. error", "max. error", "SQNR", "KL", "top-1")
     for name, metrics in result["outputs"].items():
         table.add_row(name, *_cells(metrics))
     for block in result.get("blocks", []):
         table.add_row(f"block {block['block']}", *_cells(block))
     console.print(table)
-    if not result["ok"]:
-        console.print("[red]a limit was missed[/]")
 
 
 def _cells(metrics: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -113,9 +114,14 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         graph.node.extend(copies)
 
 
-def prune(graph: onnx.GraphProto, outputs: set[str]) -> None:
-    """Leave of ``graph`` only what the values called ``outputs`` need. Its inputs stay."""
-    producer = {name: node for node in graph.node for name in node.output if name}
+def prune(graph: onnx.GraphProto, outputs: set[str], fed: Mapping[str, int] | None = None) -> None:
+    """Leave of ``graph`` only what the values called ``outputs`` need.
+
+    Args:
+        fed: values that become inputs, with their element types. Its own inputs stay, or with ``fed`` those that are needed.
+    """
+    given = fed or {}
+    producer = {name: node for node in graph.node for name in node.output if name and name not in given}
     pending = list(outputs)
     needed, kept = set(outputs), set()
     while pending:
@@ -126,9 +132,16 @@ def prune(graph: onnx.GraphProto, outputs: set[str]) -> None:
         new = {name for name in reads(node) if name} - needed
         needed |= new
         pending += new
+    found = {info.name for info in graph.output}
     _keep(graph.node, [id(node) in kept for node in graph.node])
     _keep(graph.initializer, [tensor.name in needed for tensor in graph.initializer])
     _keep(graph.output, [info.name in outputs for info in graph.output])
+    if fed is not None:
+        _keep(graph.input, [info.name in needed for info in graph.input])
+        known = {info.name for info in graph.input}
+        graph.input.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in fed.items()
+                           if name in needed and name not in known)
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs - found)
 
 
 def _keep(items: Any, wanted: list[bool]) -> None:

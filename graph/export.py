@@ -42,7 +42,8 @@ class Exporter:
             proto.ClearField(field)
         proto.node.extend(by_node[id(node)][0] for node in topological(view.nodes))
         proto.initializer.extend(self._initializers(view))
-        kept = {tensor.name for node in view.nodes if not by_node[id(node)][1] for tensor in node.outputs}
+        kept = {tensor.name for node in view.nodes if not by_node[id(node)][1] and not getattr(node, "reshaped", False)
+                for tensor in node.outputs}
         kept |= {info.name for info in original.input}
         kept |= {tensor.name for tensor in proto.initializer}
         proto.value_info.extend(info for info in original.value_info if info.name in kept)

@@ -10,6 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from .check import check_structure, prune
+from .errors import InputError
 from .export import Exporter
 from .names import Names
 from .save import Staged, stage_model
@@ -106,7 +107,11 @@ class Model:
     def _inlined_proto(self) -> onnx.ModelProto:
         import onnx.inliner
 
-        return onnx.inliner.inline_local_functions(self.proto)
+        try:
+            return onnx.inliner.inline_local_functions(self.proto)
+        except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self.path}: its local functions cannot be put in the place of their calls "
+                             f"({str(error).strip()[:200]}): export the model again") from None
 
     def to_proto(self, outputs: Iterable[str] = ()) -> tuple[onnx.ModelProto, dict[str, Values]]:
         """The model as it stands now, weights as stubs, and what each stub stands for.
@@ -132,12 +137,15 @@ class Model:
                 imported.add(domain)
         return proto, {**self._stored, **exporter.values}
 
-    def session_parts(self, outputs: Sequence[str] = (), *, only: bool = False) -> tuple[bytes, dict[str, Values]]:
+    def session_parts(self, outputs: Sequence[str] = (), *, only: bool = False,
+                      inputs: Mapping[str, int] | None = None) -> tuple[bytes, dict[str, Values]]:
         """What ONNX Runtime needs for a session without a copy of the weights.
 
         Args:
             outputs: values of the main graph to give out besides its outputs.
             only: give out nothing but ``outputs``; what they do not need is left out.
+            inputs: values of the main graph that will be fed, with their element types: what computes them is left out, and
+                so are inputs that nothing needs then (implies ``only``).
 
         Returns:
             The bytes of a model whose large main-graph initializers are external, and those initializers by name.
@@ -146,8 +154,8 @@ class Model:
         proto, values = self.to_proto(outputs)
         parts = onnx.ModelProto()
         parts.CopyFrom(proto)
-        if only:
-            prune(parts.graph, set(outputs))
+        if only or inputs is not None:
+            prune(parts.graph, set(outputs), inputs)
         large: dict[str, Values] = {}
         for tensor in parts.graph.initializer:
             weight = values_of(tensor, values)

@@ -96,7 +96,7 @@ def _feeds(tokenizer_json: str, folder: Path, progress: Progress) -> None:
             ids_array = np.zeros((len(rows), width), np.int64)
             mask = np.zeros_like(ids_array)
             for index, row in enumerate(rows):
-                ids_array[index, :len(row)] = row
+                ids_array[index, :len(row)] = np.asarray(row, np.int64)
                 mask[index, :len(row)] = 1
             np.savez_compressed(folder / part / f"{number:04d}.npz", input_ids=ids_array, attention_mask=mask,
                                 token_type_ids=np.zeros_like(ids_array))

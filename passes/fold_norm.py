@@ -23,6 +23,7 @@ from .base import Context, Pass, PassResult, Refused
 from .bias_rules import add_to_bias
 from .norm_fusion import is_fused
 from .scaled import scaled_weight
+from .sharing import is_free, is_shared
 
 Array = npt.NDArray[Any]
 _LARGEST = 1e4
@@ -138,7 +139,7 @@ def _reason_against(norm: Norm, linears: list[Linear]) -> str | None:
             return "a weight is an input that the caller may override"
         if linear.onnx_type not in _WIDE or norm.scale.onnx_type not in _WIDE:
             return "weights of 16 bits would be rounded anew"
-        if _is_shared(linear):
+        if is_shared(linear):
             return "a weight is shared with something else"
         if shifted and linear.bias is None and linear.kind not in ("Gemm", "FusedGemm"):
             return "a linear that reads the norm has no bias to take its shift"
@@ -146,21 +147,6 @@ def _reason_against(norm: Norm, linears: list[Linear]) -> str | None:
         if not np.abs(constant.load().astype(np.float64)).max(initial=0) <= _LARGEST:
             return "the scale or the shift is so large that the weights may overflow"
     return None
-
-
-def _is_shared(linear: Linear) -> bool:
-    """Whether anything but this linear reads its weight, on the whole way from where it is stored."""
-    folded = fold(linear.node.inputs[1])
-    if folded is None or linear.source is None or not _is_free(linear.source):
-        return True
-    chain = {id(node) for node in (*folded.nodes, linear.node)}
-    values = [linear.source, *(node.outputs[0] for node in folded.nodes)]
-    return any(id(reader) not in chain for value in values for reader in value.outputs)
-
-
-def _is_free(source: gs.Tensor) -> bool:
-    home = getattr(source, "home", None)
-    return not getattr(source, "captured", False) and (home is None or not is_output(home, source))
 
 
 def _growth(graph: gs.Graph, norm: Norm, linears: list[Linear], context: Context) -> str | None:
@@ -196,7 +182,7 @@ def _freed(constant: Folded, reader: gs.Node) -> int:
     """Numbers that nothing reads any more once ``reader`` does not."""
     chain = {id(node) for node in (*constant.nodes, reader)}
     source = constant.sources[0] if constant.sources else None
-    if source is None or not _is_free(source) or any(id(node) not in chain for node in source.outputs):
+    if source is None or not is_free(source) or any(id(node) not in chain for node in source.outputs):
         return 0
     return _size(constant)
 

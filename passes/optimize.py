@@ -84,11 +84,11 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
         staged = _copy(model, job)
     with staged:
         report = _measure(job, model, results, staged, split, progress)
-        report["notes"] = _notes(job, split, fired, report)
+        report["notes"] += _notes(job, split, fired, report)
         if report["ok"] or not job.strict:
             staged.commit()
         else:
-            report["notes"].append(f"a limit was missed: {job.output} was not written (--strict)")
+            report["notes"].append(f"{job.output} was not written (--strict)")
     return report
 
 
@@ -132,7 +132,7 @@ def _measure(job: Job, model: Model, results: list[PassResult], staged: Staged, 
     report: dict[str, Any] = {
         "model": str(job.model), "output": str(job.output), "plan": job.plan.entries(),
         "passes": [result.to_json() for result in results], "bytes": {"before": before, "after": after},
-        "feeds": None, "drift": None, "speed": None, "ok": True}
+        "feeds": None, "drift": None, "speed": None, "ok": True, "notes": []}
     if split is None or not job.verify:
         return report
     feeds: Feeds = split.report
@@ -140,6 +140,7 @@ def _measure(job: Job, model: Model, results: list[PassResult], staged: Staged, 
     progress("measuring the drift")
     drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits)
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
+    report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]
     progress("timing")
     timing = race([job.model, staged.temporary], feeds, provider=job.provider, threads=job.threads)
     report["speed"] = {**timing["ratios"][-1], "model": str(job.output)}

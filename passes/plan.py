@@ -87,7 +87,7 @@ class Plan:
         return yaml.safe_dump(self.entries(), sort_keys=False)
 
 
-EXACT_PLAN = ("clean-up", "dedupe-weights", "fold-norm", "fold-bias", "fuse-matmul")
+EXACT_PLAN = ("clean-up", "dedupe-weights", "drop-neurons", "fold-norm", "fold-bias", "fuse-matmul")
 """The exact passes, as texts for :meth:`Plan.parse`, in this order:
 
 * ``clean-up`` first, so that the others see through Identity; ``dedupe-weights`` next, so that they know what is shared;

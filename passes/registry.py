@@ -9,6 +9,7 @@ from . import options
 from .base import Pass
 from .clean_up import CleanUp
 from .dedupe_weights import DedupeWeights
+from .drop_neurons import DropNeurons
 from .fold_bias import FoldBias
 from .fold_norm import FoldNorm
 from .fuse_matmul import FuseMatMul
@@ -17,7 +18,7 @@ from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    CleanUp, DedupeWeights, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
+    CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

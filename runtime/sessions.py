@@ -80,7 +80,8 @@ class Session:
 
 
 def open_session(source: Source, *, provider: str = "cpu", threads: int | None = None, outputs: Sequence[str] = (),
-                 only: bool = False, optimize: bool = True, use_tf32: bool = False, config: Mapping[str, str] | None = None,
+                 only: bool = False, inputs: Mapping[str, int] | None = None, optimize: bool = True,
+                 use_tf32: bool = False, config: Mapping[str, str] | None = None,
                  provider_options: Mapping[str, str] | None = None) -> Session:
     """A session over ``source``. ONNX Runtime opens a file itself; a ``Model`` gets its weights without a copy.
 
@@ -90,6 +91,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         threads: threads inside an operator; None lets ONNX Runtime choose.
         outputs: values of the main graph to give out besides the outputs.
         only: give out nothing but ``outputs``, and compute only what they need.
+        inputs: values of the main graph that will be fed instead of computed, with their element types (implies ``only``).
         optimize: False turns ONNX Runtime's graph optimizations off.
         use_tf32: whether CUDA may round float32 operands of MatMul to TF32 (10 bits of mantissa).
         config: session configuration entries.
@@ -106,7 +108,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
     if isinstance(source, Model):
         name = str(source.path)
         opened: bytes | str
-        opened, weights = source.session_parts(tuple(outputs), only=only)
+        opened, weights = source.session_parts(tuple(outputs), only=only, inputs=inputs)
         with complaints(name, "take the weights of"):
             held = [weight_value(values) for values in weights.values()]
             if held:

@@ -1,0 +1,147 @@
+"""The weights of a block seen neuron by neuron, a tile at a time: never a matrix as a whole where it lies plainly in the file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.constant import Folded, fold
+from ..graph.linear import Linear
+from ..graph.weights import ComputedValues, Values
+
+Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]
+_TILE = 1 << 22  # elements
+
+
+@dataclass(frozen=True)
+class NeuronWeight:
+    """A matrix with a row or a column for each neuron.
+
+    Attributes:
+        folded: the matrix as its node reads it.
+        axis: which axis counts the neurons.
+    """
+
+    folded: Folded
+    axis: int
+
+    @classmethod
+    def of(cls, linear: Linear, *, down: bool) -> NeuronWeight:
+        """The weight of an up or gate projection (neurons are outputs), or of a down projection (inputs)."""
+        folded = fold(linear.node.inputs[1])
+        assert folded is not None
+        outputs = 0 if linear.node.attrs.get("transB", 0) else 1
+        return cls(folded, 1 - outputs if down else outputs)
+
+    @property
+    def count(self) -> int:
+        """Neurons."""
+        return self.folded.shape[self.axis]
+
+    def tiles(self) -> Iterator[tuple[int, Array]]:
+        """First row and rows, as stored."""
+        rows, columns = self.folded.shape
+        step = max(1, _TILE // max(columns, 1))
+        stored = self._stored()
+        whole = None if stored is not None else self.folded.load()
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield start, stored.rows(start, stop) if stored is not None else whole[start:stop]  # type: ignore[index]
+
+    def sample(self, count: int = 8) -> Array:
+        """``[neurons, at most count]``: some of the numbers of each neuron."""
+        if self.axis == 1:
+            stored = self._stored()
+            first = stored.rows(0, min(count, self.folded.shape[0])) if stored is not None else self.folded.load()[:count]
+            return np.ascontiguousarray(first.T)
+        return np.concatenate([tile[:, :count].copy() for _, tile in self.tiles()])
+
+    def take(self, neurons: Indices) -> Array:
+        """``[len(neurons), *]``: all numbers of these neurons, as stored."""
+        if self.axis == 1:
+            return np.ascontiguousarray(np.concatenate([tile[:, neurons] for _, tile in self.tiles()]).T)
+        parts = [tile[neurons[(neurons >= start) & (neurons < start + len(tile))] - start] for start, tile in self.tiles()]
+        order = np.argsort(np.argsort(neurons, kind="stable"), kind="stable")
+        return np.concatenate(parts)[order] if np.any(np.diff(neurons) < 0) else np.concatenate(parts)
+
+    def zero(self, neurons: Indices) -> Indices:
+        """Those of ``neurons`` all of whose numbers are zero."""
+        found = [part[~self.take(part).any(axis=1)] for part in self._parts(neurons)]
+        return np.concatenate(found) if found else neurons[:0]
+
+    def digests(self, neurons: Indices) -> list[bytes]:
+        """A hash of all numbers of each of ``neurons``."""
+        return [hashlib.sha256(row.tobytes()).digest() for part in self._parts(neurons) for row in self.take(part)]
+
+    def kept(self, neurons: Indices, added: dict[int, list[int]] | None = None) -> Values:
+        """The matrix with ``neurons`` only (ascending), each with the numbers of those ``added`` to it summed in."""
+        rows, columns = self.folded.shape
+        place = {int(neuron): number for number, neuron in enumerate(neurons)}
+        kind = self.folded.onnx_type
+        if self.axis == 1:
+            def part(tile: Array) -> Array:
+                taken = tile[:, neurons]
+                for neuron, others in (added or {}).items():
+                    taken[:, place[neuron]] = tile[:, [neuron, *others]].astype(np.float64).sum(axis=1)
+                return taken
+
+            stored = self._stored()
+            return ComputedValues((rows, len(neurons)), kind, lambda: part(self.folded.load()),
+                                  None if stored is None else lambda start, stop: part(stored.rows(start, stop)))
+
+        def compute() -> Array:
+            whole = self.folded.load()
+            taken = whole[neurons]
+            for neuron, others in (added or {}).items():
+                taken[place[neuron]] = whole[[neuron, *others]].astype(np.float64).sum(axis=0)
+            return taken
+
+        return ComputedValues((len(neurons), columns), kind, compute)
+
+    def _stored(self) -> Values | None:
+        """The weight in the file, where nothing lies between it and the node."""
+        if self.folded.nodes or not self.folded.sources:
+            return None
+        values: Values = self.folded.sources[0]._values
+        return values
+
+    def _parts(self, neurons: Indices) -> Iterator[Indices]:
+        step = max(1, _TILE // max(self.folded.shape[1 - self.axis], 1))
+        for start in range(0, len(neurons), step):
+            yield neurons[start:start + step]
+
+
+def bound(weight: NeuronWeight, scale: Array, shift: Array | None, bias: Array | None, centred: bool) -> tuple[Array, Array]:
+    """Centre and radius of what each neuron can get from a norm: ``|z − c| ≤ √d ‖P(γ ∘ w)‖``, ``c = β·w + b``.
+
+    The radius is widened by what rounding in float32 may add.
+    """
+    d = weight.folded.shape[1 - weight.axis]
+    squares, sums, centre, size = (np.zeros(weight.count) for _ in range(4))
+    beta = np.zeros(d) if shift is None else shift
+    for start, tile in weight.tiles():
+        matrix = tile.astype(np.float64)
+        stop = start + len(matrix)
+        if weight.axis == 1:
+            scaled = matrix * scale[start:stop, None]
+            squares += (scaled ** 2).sum(axis=0)
+            sums += scaled.sum(axis=0)
+            centre += beta[start:stop] @ matrix
+            size += np.abs(beta[start:stop]) @ np.abs(matrix)
+        else:
+            scaled = matrix * scale
+            squares[start:stop] = (scaled ** 2).sum(axis=1)
+            sums[start:stop] = scaled.sum(axis=1)
+            centre[start:stop] = matrix @ beta
+            size[start:stop] = np.abs(matrix) @ np.abs(beta)
+    offset = np.zeros(weight.count) if bias is None else bias.astype(np.float64)
+    inner = squares - sums ** 2 / d if centred else squares
+    length = np.sqrt(d * np.maximum(inner, 0))
+    rounding = d * 2.0 ** -22 * (np.sqrt(d * squares) + size + np.abs(offset))
+    return centre + offset, length + rounding

@@ -341,7 +341,8 @@ def _operator(model: onnx.ModelProto, chance: random.Random) -> None:
     node = _node(model, chance)
     node.op_type = chance.choice(("MatMul", "Gemm", "Conv", "Reshape", "Transpose", "Split", "Slice", "Cast", "Identity",
                                   "Gather", "DequantizeLinear", "MatMulNBits", "FusedMatMul", "If", "Loop", "Scan", "Constant",
-                                  "Squeeze", "Concat", "Pow", "LayerNormalization", "MatMulInteger", "MoE", "Expand", "Where", "Add",
+                                  "Squeeze",
+                                  "Concat", "Pow", "LayerNormalization", "MatMulInteger", "MoE", "Expand", "Where", "Add",
                                   "BiasGelu", "ScatterND", *TEXTS))
     if chance.random() < 0.3:
         node.domain = chance.choice(("com.microsoft", "", "ai.onnx", "x"))

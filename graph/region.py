@@ -48,6 +48,7 @@ class Region:
         width: number of features (d_ff).
         leaves: where it begins.
         nodes: its nodes, producers first (also those that cut a fused gate-up).
+        steps: the nodes that compute, without those that cut; producers first.
         inner_norm: it holds a norm over the features, so neurons are not independent.
         biases: constants added straight to a leaf: leaf number → the constants.
     """
@@ -58,7 +59,7 @@ class Region:
     nodes: list[gs.Node] = field(default_factory=list)
     inner_norm: bool = False
     biases: dict[int, list[Folded]] = field(default_factory=dict)
-    _steps: list[gs.Node] = field(default_factory=list)
+    steps: list[gs.Node] = field(default_factory=list)
     _constants: dict[int, Folded] = field(default_factory=dict)
     _bias_values: set[tuple[int, int]] = field(default_factory=set)
 
@@ -78,7 +79,7 @@ class Region:
             fused = leaf.linear.fused_activation
             values[id(leaf.tensor)] = start if fused is None else FUSED[fused[0]](start, fused[1])
         with np.errstate(all="ignore"):
-            for node in self._steps:
+            for node in self.steps:
                 values[id(node.outputs[0])] = self._apply(node, values, neuron, biased)
         return values[id(self.output)]
 
@@ -159,11 +160,11 @@ class Walker:
             if int(np.prod(folded.shape, dtype=np.int64)) not in (0, 1, down.d_in):
                 name = next(tensor.name for node in order for tensor in node.inputs if id(tensor) == key)
                 return Refusal(name, "a constant that is not one number, or one for each neuron", len(region.leaves))
-        region._steps = _sorted(order)
+        region.steps = _sorted(order)
         region._constants = constants
         cutters: list[gs.Node] = [node for node in region.nodes if id(node) not in seen]
-        region.nodes = [*cutters, *region._steps]
-        region.inner_norm = any(node.op in NORMS or node.op in _REDUCTIONS for node in region._steps)
+        region.nodes = [*cutters, *region.steps]
+        region.inner_norm = any(node.op in NORMS or node.op in _REDUCTIONS for node in region.steps)
         self._find_biases(region, constants)
         return region
 
@@ -199,7 +200,7 @@ class Walker:
     def _find_biases(self, region: Region, constants: Mapping[int, Folded]) -> None:
         starts = {id(leaf.tensor): number for number, leaf in enumerate(region.leaves)
                   if leaf.linear.fused_activation is None}
-        for node in region._steps:
+        for node in region.steps:
             if node.op in ALIASES or node.op == "Transpose":
                 if id(node.inputs[0]) in starts and len(node.inputs[0].outputs) == 1:
                     starts[id(node.outputs[0])] = starts[id(node.inputs[0])]

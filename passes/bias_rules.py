@@ -262,12 +262,13 @@ def add_to_bias(model: Model, graph: gs.Graph, linear: Linear, extra: Array) -> 
     """``b ← b + extra`` in the bias of ``linear``, or in a new one of its Gemm. ``extra``: ``[d_out]``, float64."""
     build = Builder(model, graph, linear.node.name or "fold_bias", linear.onnx_type)
     total = extra if linear.bias is None else linear.bias().astype(np.float64) + extra
-    constant = build.constant(total, "folded_bias")
     last = linear.nodes[-1]
     if last.op == "Add" and last is not linear.node:
         index = 0 if fold(last.inputs[0]) is not None else 1
-        set_input(last, index, constant)
+        leading = len(fold(last.inputs[index]).shape) - 1  # type: ignore[union-attr]
+        set_input(last, index, build.constant(total.reshape(*[1] * leading, -1), "folded_bias"))
         return
+    constant = build.constant(total, "folded_bias")
     if "beta" in linear.node.attrs:
         linear.node.attrs["beta"] = 1.0
     set_inputs(linear.node, [*linear.node.inputs[:2], constant])

@@ -20,11 +20,12 @@ from ..graph.norm import read_norm
 from ..graph.shapes import last_dimension
 from .base import Context, Pass, PassResult, Refused
 from .bias_rules import add_to_bias
+from .neuron_range import Range, follow
 from .neuron_weights import Indices, NeuronWeight, bound
-from .sharing import is_shared
+from .sharing import is_read_elsewhere, is_shared
 
 Array = npt.NDArray[Any]
-_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_WIDE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class DropNeurons(Pass):
         zᵢ ≤ 0 for every x, under a ReLU               →  without i
         zᵢ ≥ 0 for every i and x, under a ReLU         →  no ReLU
 
-    The last two are proved where the block reads a norm: ‖x̂‖₂ ≤ √d, so |zᵢ − cᵢ| ≤ √d ‖P(γ ∘ wᵢ)‖ with cᵢ = β·wᵢ + bᵢ, P
-    taking the mean away (LayerNorm) or nothing (RMSNorm); the bound is widened by what float32 may round.
+    The last two are proved where the block reads a norm: ‖x̂‖₂ ≤ √d, so |zᵢ − cᵢ| ≤ √d ‖γ ∘ wᵢ‖ with cᵢ = β·wᵢ + bᵢ,
+    widened by what float32 may round. What that says of hᵢ is carried through the activation node by node.
 
     Does not fire where the number left would not be a multiple of ``multiple`` (then as many stay as make it one), where a
     weight is shared, quantized, packed or an input, where the intermediate value is read elsewhere, where the neurons are
@@ -65,7 +66,11 @@ class DropNeurons(Pass):
             if reason is not None:
                 refused.append(Refused(reason, block.output.name, block.index))
                 continue
-            fired += _rewrite(model, block, self.multiple)
+            outcome = _rewrite(model, block, self.multiple)
+            if isinstance(outcome, Refused):
+                refused.append(Refused(outcome.reason, outcome.value, block.index))
+            else:
+                fired += outcome
         return self.result(fired, refused)
 
 
@@ -77,13 +82,13 @@ class _Findings:
         gone: neurons that contribute nothing.
         constant: neurons that give ``constant[i]`` whatever goes in.
         same: neuron → others that equal it.
-        all_on: no neuron is ever cut by the ReLU.
+        ranges: what each value of the block can be, by identity.
     """
 
     gone: set[int]
     constant: dict[int, float]
     same: dict[int, list[int]]
-    all_on: bool = False
+    ranges: dict[int, Range]
 
 
 def _reason_against(block: FFNBlock) -> str | None:
@@ -95,6 +100,8 @@ def _reason_against(block: FFNBlock) -> str | None:
         return "its gate and up projections are one matrix"
     if any(linear.kind not in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm") for linear in block.linears()):
         return "its linears are of a form that is not cut"
+    if any(linear.node.attrs.get("alpha", 1.0) != 1 for linear in block.linears()):
+        return "its products are scaled by alpha"
     if any(linear.overridable for linear in block.linears()):
         return "a weight is an input that the caller may override"
     if any(is_shared(linear) for linear in block.linears()):
@@ -127,23 +134,29 @@ def _size(tensor: gs.Tensor) -> int:
     return 0 if folded is None else int(np.prod(folded.shape, dtype=np.int64))
 
 
-def _rewrite(model: Model, block: FFNBlock, multiple: int) -> int:
-    """Drop what can be dropped; returns how many neurons that were, or 1 where the ReLU went."""
+def _rewrite(model: Model, block: FFNBlock, multiple: int) -> int | Refused:
+    """Drop what can be dropped; returns how many neurons and activations that were."""
     found = _prove(block)
-    if found.all_on and not found.gone:
-        return _without_relu(block)
-    doubles = {other: neuron for neuron, others in found.same.items() for other in others}
-    droppable = sorted(found.gone | set(found.constant) | set(doubles))
-    count = _fitting(block.d_ff, len(droppable), multiple)
-    dropped = set(droppable[:count])
-    if not dropped or len(dropped) == block.d_ff:
-        return 0
-    kept = np.asarray([neuron for neuron in range(block.d_ff) if neuron not in dropped], np.int64)
-    same: dict[int, list[int]] = {}
-    for other, neuron in doubles.items():
-        if other in dropped and neuron not in dropped:
-            same.setdefault(neuron, []).append(other)
-    constants = {neuron: value for neuron, value in found.constant.items() if neuron in dropped and value}
+    kept = _kept(block.d_ff, found, multiple)
+    if len(kept) < block.d_ff:
+        if not _shrinks(block, found, kept):
+            return Refused("a bias is shared with something else, so that the file would grow", block.output.name)
+        _drop(model, block, found, kept)
+    return block.d_ff - len(kept) + _drop_idle(block, found.ranges, kept)
+
+
+def _kept(width: int, found: _Findings, multiple: int) -> Indices:
+    """The neurons that stay: as many as make their number a multiple, at least one."""
+    doubles = {other for others in found.same.values() for other in others}
+    droppable = sorted(found.gone | set(found.constant) | doubles)
+    dropped = set(droppable[:_fitting(width, len(droppable), multiple)])
+    return np.asarray([neuron for neuron in range(width) if neuron not in dropped], np.int64)
+
+
+def _drop(model: Model, block: FFNBlock, found: _Findings, kept: Indices) -> None:
+    left = set(kept.tolist())
+    same = {neuron: [other for other in others if other not in left] for neuron, others in found.same.items()}
+    constants = {neuron: value for neuron, value in found.constant.items() if neuron not in left}
     if constants:
         index = np.asarray(sorted(constants), np.int64)
         rows = NeuronWeight.of(block.down.linear, down=True).take(index).astype(np.float64)
@@ -151,26 +164,38 @@ def _rewrite(model: Model, block: FFNBlock, multiple: int) -> int:
     for projection in (block.up, block.gate):
         if projection is not None:
             _cut(model, block.graph, projection.linear, kept, down=False)
-    _cut(model, block.graph, block.down.linear, kept, down=True, added=same)
-    _narrow(block, len(kept))
-    return len(dropped)
+    _cut(model, block.graph, block.down.linear, kept, down=True, added={each: others for each, others in same.items() if others})
+    _narrow(block, block.d_ff, len(kept))
 
 
 def _fitting(width: int, droppable: int, multiple: int) -> int:
-    """How many of ``droppable`` neurons go so that what is left is a multiple, if it was one (or the next one above)."""
-    left = -(-(width - droppable) // multiple) * multiple
-    return max(0, width - left) if left else 0
+    """How many of ``droppable`` neurons go so that what is left is a multiple, and not nothing."""
+    return max(0, width - max(multiple, -(-(width - droppable) // multiple) * multiple))
+
+
+def _shrinks(block: FFNBlock, found: _Findings, kept: Indices) -> bool:
+    """Whether the file gets smaller although a bias that something else goes on reading stays beside the new one."""
+    linears = [(leaf.linear, len(kept)) for leaf in block.region.leaves]
+    linears += [(block.down.linear, block.d_out)] if found.constant else []
+    places = [(_bias_at(linear), size) for linear, size in linears if linear.bias is not None]
+    more = sum(size for place, size in places if place is not None and is_read_elsewhere(*place))
+    rows = sum(leaf.linear.d_in for leaf in block.region.leaves) + block.d_out
+    return more <= (block.d_ff - len(kept)) * rows
 
 
 def _prove(block: FFNBlock) -> _Findings:
     down = NeuronWeight.of(block.down.linear, down=True)
-    ups = [NeuronWeight.of(each.linear, down=False) for each in (block.up, block.gate) if each is not None]
-    biases = [each.bias() for each in (block.up, block.gate) if each is not None]
-    found = _Findings(set(down.zero(_candidates(down)).tolist()), {}, {})
-    _constant_neurons(block, ups, biases, found)
-    if block.onnx_type not in _HALF:
+    ups = [NeuronWeight.of(leaf.linear, down=False) for leaf in block.region.leaves]
+    biases = [None if leaf.linear.bias is None else leaf.linear.bias() for leaf in block.region.leaves]
+    limits = _limits(block)
+    starts = [_start(weight, bias, limits) for weight, bias in zip(ups, biases, strict=True)]
+    ranges = follow(block.region, starts)
+    hidden = ranges[id(block.region.output)]
+    found = _Findings(set(down.zero(_candidates(down)).tolist()) | set(np.flatnonzero(hidden.zero).tolist()), {}, {}, ranges)
+    if block.onnx_type in _WIDE:
+        if block.down.linear.bias is not None:
+            found.constant = {int(i): float(hidden.low[i]) for i in np.flatnonzero(hidden.known) if int(i) not in found.gone}
         _equal_neurons(block.d_ff, ups, biases, found)
-    _relu_neurons(block, ups[-1], biases[-1], found)
     return found
 
 
@@ -178,24 +203,41 @@ def _candidates(weight: NeuronWeight) -> Indices:
     return np.flatnonzero(~weight.sample().any(axis=1))
 
 
-def _constant_neurons(block: FFNBlock, ups: list[NeuronWeight], biases: list[Array | None], found: _Findings) -> None:
-    still = [set(weight.zero(_candidates(weight)).tolist()) for weight in ups]
-    if not any(still):
-        return
-    at = [np.zeros((1, block.d_ff)) if bias is None else bias.astype(np.float64).reshape(1, -1) for bias in biases]
-    if block.gate is None:
-        value = np.broadcast_to(block.hidden_from(at[0]), (1, block.d_ff))[0]
-        both, nothing = still[0], np.zeros(block.d_ff, bool)
-    else:
-        value = np.broadcast_to(block.hidden_from(at[0], at[1]), (1, block.d_ff))[0]
-        both = still[0] & still[1]
-        one = np.broadcast_to(block.hidden_from(np.ones((1, block.d_ff)), at[1]), (1, block.d_ff))[0]
-        nothing = np.zeros(block.d_ff, bool)
-        nothing[[i for i in still[0] if at[0][0, i] == 0]] = True  # u = 0
-        nothing[[i for i in still[1] if one[i] == 0]] = True  # act(g) = 0
-    found.gone |= set(np.flatnonzero(nothing).tolist()) | {i for i in both if value[i] == 0}
-    if block.down.linear.bias is not None and block.onnx_type not in _HALF:
-        found.constant = {i: float(value[i]) for i in both - found.gone if np.isfinite(value[i])}
+@dataclass(frozen=True)
+class _Limits:
+    """What the norm before a block lets through: ``x = x̂ ∘ scale + shift`` with ``‖x̂‖₂ ≤ √d``."""
+
+    scale: Array
+    shift: Array | None
+
+
+def _limits(block: FFNBlock) -> _Limits | None:
+    """The norm that the block reads, where the activation could make use of its bound."""
+    fused = any(leaf.linear.fused_activation is not None for leaf in block.region.leaves)
+    if not fused and not any(node.op in ("Relu", "Clip", "Max") for node in block.region.steps):
+        return None
+    node = producer(block.region.leaves[0].linear.input)
+    while node is not None and node.op in ("Identity", "Reshape"):
+        node = producer(node.inputs[0])
+    norm = read_norm(node) if node is not None else None
+    if norm is None or norm.width != block.d_model or norm.scale.overridable or (norm.shift and norm.shift.overridable):
+        return None
+    if any(leaf.linear.input is not block.region.leaves[0].linear.input for leaf in block.region.leaves):
+        return None
+    scale = np.broadcast_to(norm.scale.load().reshape(-1).astype(np.float64), (norm.width,))
+    return _Limits(scale, None if norm.shift is None else norm.shift.load().reshape(-1).astype(np.float64))
+
+
+def _start(weight: NeuronWeight, bias: Array | None, limits: _Limits | None) -> Range:
+    """What a projection can give: its bias where its weights are zero, what the norm lets through elsewhere."""
+    offset = np.zeros(weight.count) if bias is None else bias.astype(np.float64)
+    low, high = np.full(weight.count, -np.inf), np.full(weight.count, np.inf)
+    if limits is not None:
+        centre, radius = bound(weight, limits.scale, limits.shift, bias)
+        low, high = centre - radius, centre + radius
+    still = weight.zero(_candidates(weight))
+    low[still] = high[still] = offset[still]
+    return Range(low, high)
 
 
 def _equal_neurons(width: int, ups: list[NeuronWeight], biases: list[Array | None], found: _Findings) -> None:
@@ -216,33 +258,16 @@ def _equal_neurons(width: int, ups: list[NeuronWeight], biases: list[Array | Non
     found.same = {group[0]: group[1:] for group in groups.values() if len(group) > 1}
 
 
-def _relu_neurons(block: FFNBlock, weight: NeuronWeight, bias: Array | None, found: _Findings) -> None:
-    """Neurons under a ReLU that the bound of the norm before the block proves always off, or all always on."""
-    if block.activation.name not in ("relu", "relu2"):
-        return
-    x = (block.gate or block.up).linear.input
-    node = producer(x)
-    while node is not None and node.op in ("Identity", "Reshape"):
-        node = producer(node.inputs[0])
-    norm = read_norm(node) if node is not None else None
-    if norm is None or norm.width != block.d_model or norm.scale.overridable or (norm.shift and norm.shift.overridable):
-        return
-    scale = np.broadcast_to(norm.scale.load().reshape(-1).astype(np.float64), (norm.width,))
-    shift = None if norm.shift is None else norm.shift.load().reshape(-1).astype(np.float64)
-    centre, radius = bound(weight, scale, shift, bias, norm.centred)
-    found.gone |= set(np.flatnonzero(centre + radius <= 0).tolist())
-    found.all_on = block.gate is None and block.activation.name == "relu" and bool((centre - radius >= 0).all())
-
-
-def _without_relu(block: FFNBlock) -> int:
-    relus = [node for node in block.region.nodes if node.op == "Relu" and not node.domain]
-    if len(relus) != 1 or is_output(block.graph, relus[0].outputs[0]):
-        return 0
-    [relu] = relus
-    replace_uses(relu.outputs[0], relu.inputs[0])
-    relu.outputs[0].replaced_by = relu.inputs[0]
-    remove_dead(block.graph, [relu])
-    return 1
+def _drop_idle(block: FFNBlock, ranges: dict[int, Range], kept: Indices) -> int:
+    """Take out the ReLUs that never cut anything off, of the neurons kept."""
+    idle = [node for node in block.region.steps if node.op == "Relu" and not node.domain
+            and not is_output(block.graph, node.outputs[0]) and (ranges[id(node.inputs[0])].low[kept] >= 0).all()]
+    for relu in idle:
+        x, y = relu.inputs[0], relu.outputs[0]
+        replace_uses(y, x)
+        y.replaced_by = x
+        remove_dead(block.graph, [relu])
+    return len(idle)
 
 
 def _bias_at(linear: Linear) -> tuple[gs.Node, int] | None:
@@ -264,7 +289,7 @@ def _cut(model: Model, graph: gs.Graph, linear: Linear, kept: Indices, *, down: 
     bias = _bias_at(linear) if not down else None
     places = [(linear.node, 1, weight)]
     if bias is not None:
-        numbers = fold(bias[0].inputs[bias[1]]).load().reshape(-1)[kept]  # type: ignore[union-attr]
+        numbers = fold(bias[0].inputs[bias[1]]).load()[..., kept]  # type: ignore[union-attr]
         places.append((*bias, build.constant(numbers, "kept_bias")))
     for node, index, constant in places:
         old = producer(node.inputs[index])
@@ -272,11 +297,11 @@ def _cut(model: Model, graph: gs.Graph, linear: Linear, kept: Indices, *, down: 
         remove_dead(graph, [old] if old is not None else [])
 
 
-def _narrow(block: FFNBlock, width: int) -> None:
+def _narrow(block: FFNBlock, old: int, width: int) -> None:
     """Forget what is known about the shapes of the values in between."""
     nodes = [*block.region.nodes, *(node for each in (block.up, block.gate) if each for node in each.linear.nodes)]
     for node in nodes:
         node.reshaped = True
         for tensor in node.outputs:
             if getattr(tensor, "shape", None):
-                tensor.shape = [*tensor.shape[:-1], width]
+                tensor.shape = [*tensor.shape[:-1], width] if tensor.shape[-1] == old else None

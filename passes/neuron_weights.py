@@ -117,31 +117,26 @@ class NeuronWeight:
             yield neurons[start:start + step]
 
 
-def bound(weight: NeuronWeight, scale: Array, shift: Array | None, bias: Array | None, centred: bool) -> tuple[Array, Array]:
-    """Centre and radius of what each neuron can get from a norm: ``|z − c| ≤ √d ‖P(γ ∘ w)‖``, ``c = β·w + b``.
+def bound(weight: NeuronWeight, scale: Array, shift: Array | None, bias: Array | None) -> tuple[Array, Array]:
+    """Centre and radius of what each neuron can get from a norm: ``|z − c| ≤ √d ‖γ ∘ w‖``, ``c = β·w + b``.
 
-    The radius is widened by what rounding in float32 may add.
+    LayerNorm's x̂ has no mean, so ‖P(γ ∘ w)‖ with the mean taken away would bound it too; but it has one by rounding, for
+    inputs far from zero. The radius is widened by what rounding in float32 may add.
     """
     d = weight.folded.shape[1 - weight.axis]
-    squares, sums, centre, size = (np.zeros(weight.count) for _ in range(4))
+    squares, centre, size = (np.zeros(weight.count) for _ in range(3))
     beta = np.zeros(d) if shift is None else shift
     for start, tile in weight.tiles():
         matrix = tile.astype(np.float64)
         stop = start + len(matrix)
         if weight.axis == 1:
-            scaled = matrix * scale[start:stop, None]
-            squares += (scaled ** 2).sum(axis=0)
-            sums += scaled.sum(axis=0)
+            squares += ((matrix * scale[start:stop, None]) ** 2).sum(axis=0)
             centre += beta[start:stop] @ matrix
             size += np.abs(beta[start:stop]) @ np.abs(matrix)
         else:
-            scaled = matrix * scale
-            squares[start:stop] = (scaled ** 2).sum(axis=1)
-            sums[start:stop] = scaled.sum(axis=1)
+            squares[start:stop] = ((matrix * scale) ** 2).sum(axis=1)
             centre[start:stop] = matrix @ beta
             size[start:stop] = np.abs(matrix) @ np.abs(beta)
     offset = np.zeros(weight.count) if bias is None else bias.astype(np.float64)
-    inner = squares - sums ** 2 / d if centred else squares
-    length = np.sqrt(d * np.maximum(inner, 0))
-    rounding = d * 2.0 ** -22 * (np.sqrt(d * squares) + size + np.abs(offset))
-    return centre + offset, length + rounding
+    length = np.sqrt(d * squares)
+    return centre + offset, length + d * 2.0 ** -22 * (length + size + np.abs(offset))

@@ -11,15 +11,20 @@ from ..graph.linear import Linear
 
 def is_shared(linear: Linear) -> bool:
     """Whether anything but ``linear`` reads its weight, on the whole way from where it is stored."""
-    folded = fold(linear.node.inputs[1])
-    if folded is None or linear.source is None or not is_free(linear.source):
-        return True
-    chain = {id(node) for node in (*folded.nodes, linear.node)}
-    values = [linear.source, *(node.outputs[0] for node in folded.nodes)]
-    return any(id(reader) not in chain for value in values for reader in value.outputs)
+    return is_read_elsewhere(linear.node, 1)
 
 
 def is_free(source: gs.Tensor) -> bool:
     """Whether nothing but nodes reads ``source``: it is no output, here or of a graph inside."""
     home = getattr(source, "home", None)
     return not getattr(source, "captured", False) and (home is None or not is_output(home, source))
+
+
+def is_read_elsewhere(node: gs.Node, index: int) -> bool:
+    """Whether anything but input ``index`` of ``node`` reads the constant there, on the whole way from where it is stored."""
+    folded = fold(node.inputs[index])
+    if folded is None or not folded.sources or not is_free(folded.sources[0]):
+        return True
+    chain = {id(each) for each in (*folded.nodes, node)}
+    values = [folded.sources[0], *(each.outputs[0] for each in folded.nodes)]
+    return any(id(reader) not in chain for value in values for reader in value.outputs)

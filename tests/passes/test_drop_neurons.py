@@ -141,21 +141,127 @@ def test_a_relu_proved_open_everywhere_goes(tmp_path):
     assert drift(run(s.model(), X), run(model, X)) < 1e-6
 
 
-def test_the_bound_holds_for_the_worst_input(tmp_path):
-    """The input that opens a neuron most: x̂ along the centred γ ∘ w. The bound must not call that neuron closed."""
+def tight(block: Block, neuron: int) -> tuple[float, float]:
+    """Make the worst input of ``neuron`` one that a LayerNorm can give (no mean); returns radius and centre of its bound."""
+    gamma, beta = (onnx.numpy_helper.to_array(block.sketch.initializers[f"weight_{i}"]) for i in (0, 1))
+    w = np.linspace(-1, 1, D)
+    block.up[:, neuron] = (w / gamma).astype(np.float32)
+    return float(np.sqrt(D) * np.linalg.norm(w)), float(beta @ block.up[:, neuron])
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.999, FF), (1.001, FF - 1)])
+def test_the_bound_is_what_the_worst_input_reaches(tmp_path, share, left):
     block = Block("relu", norm=True)
+    block.model()  # draws the norm's numbers, which are the same again below
+    radius, centre = tight(block, 3)
+    block.up_bias[3] = -share * radius - centre
+    bias, up = block.up_bias, block.up
+    block = Block("relu", norm=True)
+    block.up, block.up_bias = up, bias
     s = block.model()
     model, _ = drop(s, tmp_path)
-    first = find_ffn_blocks(model)[0]
-    norm = next(node for node in model.graph.nodes if node.op == "LayerNormalization")
-    gamma, beta = (norm.inputs[i]._values.load().astype(np.float64) for i in (1, 2))
-    w = first.up.weight().astype(np.float64)
-    direction = gamma[:, None] * w - (gamma[:, None] * w).mean(axis=0)
-    x = (1e3 * direction.T[None]).astype(np.float32)
-    bare = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
-    reached = np.einsum("bti,it->bt", bare * gamma + beta, w)[0]
-    radius = np.sqrt(D) * np.linalg.norm(direction, axis=0)
-    assert np.allclose(reached - beta @ w, radius, rtol=1e-4)
+    assert width(model) == left
+    worst = {"x": 1e3 * np.linspace(-1, 1, D).astype(np.float32).reshape(1, 1, D)}
+    assert drift(run(s.model(), worst), run(model, worst)) < 1e-6
+
+
+def test_a_slope_too_small_to_see_is_no_relu(tmp_path):
+    s = Sketch()
+    block = Block("relu", norm=True)
+    block.sketch = s
+    block.up_bias[[1, 8]] = -100
+    x = s.input("x", ["batch", "tokens", D])
+    leaky = s.op("LeakyRelu", block._linear(s.norm(x, D), block.up, block.up_bias), alpha=1e-4)
+    s.op("Add", x, block._linear(leaky, block.down, block.down_bias), out=s.output("y"))
+    model, result = drop(s, tmp_path)
+    assert find_ffn_blocks(model)[0].activation.name == "relu"  # on the grid it looks like one
+    assert (result.fired, width(model)) == (0, FF)
+
+
+@pytest.mark.parametrize("more", [0.0, 1.0])
+def test_a_value_of_zero_counts_only_where_it_is_a_factor(tmp_path, more):
+    """(u + 1) · silu(g), as gpt-oss has it, is not zero where u is."""
+    s = Sketch()
+    up, gate, down = s.numbers(D, FF), s.numbers(D, FF), s.numbers(FF, D)
+    up[:, 4] = 0
+    x = s.input("x", ["batch", "tokens", D])
+    value = s.op("Add", s.op("MatMul", x, s.weight(up)), s.number(more))
+    hidden = s.op("Mul", value, s.activation("silu", s.op("MatMul", x, s.weight(gate))))
+    s.op("Add", x, s.op("MatMul", hidden, s.weight(down)), out=s.output("y"))
+    model, _ = drop(s, tmp_path)
+    assert width(model) == (FF if more else FF - 1)
+    assert drift(run(s.model(), X), run(model, X)) < 1e-6
+
+
+def test_a_clip_at_zero_proved_closed_goes(tmp_path):
+    s = Sketch()
+    block = Block("relu", norm=True)
+    block.sketch = s
+    block.up_bias[[1, 8]] = -100
+    x = s.input("x", ["batch", "tokens", D])
+    clipped = s.op("Clip", block._linear(s.norm(x, D), block.up, block.up_bias), s.number(0), s.number(6))
+    s.op("Add", x, block._linear(clipped, block.down, block.down_bias), out=s.output("y"))
+    model, _ = drop(s, tmp_path)
+    assert width(model) == FF - 2
+    assert drift(run(s.model(), X), run(model, X)) < 1e-6
+
+
+def test_a_gate_proved_open_loses_its_relu(tmp_path):
+    block = Block("relu", gated=True, norm=True)
+    block.gate_bias += 100
+    s = block.model()
+    model, result = drop(s, tmp_path)
+    assert result.fired == 1
+    assert "Relu" not in ops(model)
+    assert drift(run(s.model(), X), run(model, X)) < 1e-6
+
+
+def test_a_bias_of_three_axes_keeps_them(tmp_path):
+    s = Sketch()
+    up, down, bias = s.numbers(D, FF), s.numbers(FF, D), s.numbers(1, 1, FF)
+    down[3], up[:, 5] = 0, 0
+    x = s.input("x", ["rows", D])
+    hidden = s.op("Sigmoid", s.op("Add", s.op("MatMul", x, s.weight(up)), s.weight(bias)))
+    y = s.op("Add", s.op("MatMul", hidden, s.weight(down)), s.weight(s.numbers(1, 1, D)))
+    s.op("Add", x, y, out=s.output("y"))
+    model, result = drop(s, tmp_path)
+    assert result.fired == 2
+    feed = {"x": X["x"][0]}
+    assert drift(run(s.model(), feed), run(model, feed)) < 1e-6
+
+
+def test_products_scaled_by_alpha_stay(tmp_path):
+    s = Sketch()
+    down = s.numbers(FF, D)
+    down[3] = 0
+    x = s.input("x", ["rows", D])
+    hidden = s.op("Relu", s.op("Gemm", x, s.weight(s.numbers(D, FF)), s.weight(s.numbers(FF)), alpha=0.5))
+    s.op("Add", x, s.op("MatMul", hidden, s.weight(down)), out=s.output("y"))
+    _, result = drop(s, tmp_path)
+    assert result.fired == 0
+    assert "alpha" in result.refused[0].reason
+
+
+def test_a_shared_bias_is_copied_only_where_the_file_gets_smaller(tmp_path):
+    for columns, fired in ((1, 0), (16, 16)):
+        s = Sketch()
+        d, wide = 2, 64
+        down, bias = s.numbers(wide, d), s.weight(s.numbers(wide))
+        down[:columns] = 0
+        x = s.input("x", ["rows", d])
+        hidden = s.op("Relu", s.op("Add", s.op("MatMul", x, s.weight(s.numbers(d, wide))), bias))
+        s.op("Add", x, s.op("MatMul", hidden, s.weight(down)), out=s.output("y"))
+        s.op("Neg", bias, out=s.output("bias"))
+        _, result = drop(s, tmp_path)
+        assert result.fired == fired
+        if not fired:
+            assert "grow" in result.refused[0].reason
+
+
+def test_where_every_neuron_does_nothing_one_multiple_stays(tmp_path):
+    block = Block("gelu")
+    block.down[:] = 0
+    check(block, tmp_path, 16, "multiple=16")
 
 
 def test_the_width_stays_a_multiple(tmp_path):

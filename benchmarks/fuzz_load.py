@@ -1,4 +1,4 @@
-"""Mutated files: load, inspect and a save must end in an answer or in one line, within time and memory.
+"""Mutated files: load, inspect, a save and the exact plan must end in an answer or in one line, within time and memory.
 
     python benchmarks/fuzz_load.py ZOO [--count 5000] [--seed 0] [--only NUMBER] [--keep DIR] [--json FILE]
 
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 class Worker:
-    """A process that loads, inspects and saves files; started again when one of them kills it."""
+    """A process that loads, inspects, saves and optimizes files; started again when one of them kills it."""
 
     def __init__(self) -> None:
         self.peak = 0.0
@@ -112,7 +112,7 @@ class Worker:
 
 
 def work() -> int:
-    """Take paths from standard input; load, inspect, save and read again; say how it went, a line each."""
+    """Take paths from standard input; load, inspect, save, optimize and read again; say how it went, a line each."""
     import resource
     import traceback
 
@@ -120,6 +120,8 @@ def work() -> int:
     from ffnfold.graph.model import Model
     from ffnfold.graph.report import describe
     from ffnfold.graph.store import read_model
+    from ffnfold.passes.optimize import Job, optimize_file
+    from ffnfold.passes.plan import EXACT_PLAN, Plan
 
     answers = sys.stdout
     sys.stdout = sys.stderr
@@ -133,6 +135,8 @@ def work() -> int:
             for external in (False, True):
                 Model.load(path).save(out, external=external)
                 read_model(out)
+            json.dumps(optimize_file(Job(path, out, Plan.parse(EXACT_PLAN), verify=False)))
+            read_model(out)
         except InputError as error:
             verdict, why = "refused", str(error)
             if len(why.splitlines()) != 1 or not why.startswith((str(path), "the graph")):

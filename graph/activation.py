@@ -83,8 +83,9 @@ def _separate(region: Region, grid: Array) -> Activation | str:
 
 
 def _factor(table: Array) -> tuple[Array, Array]:
-    left, sizes, right = np.linalg.svd(table)
-    return left[:, 0] * sizes[0], right[0]
+    """``f, g`` with ``table = f gᵀ``, if it is such a product: its row and column through its largest number."""
+    i, j = np.unravel_index(np.abs(table).argmax(), table.shape)
+    return table[:, j].copy(), table[i] / (table[i, j] or 1)
 
 
 def _affine(curve: Array, grid: Array = GRID) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,15 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from .edit import producer
+from .errors import InputError
 from .types import numpy_type
+from .weights import size_of
 
 Array = npt.NDArray[Any]
 _DEPTH = 16
+_MOST_NODES = 64  # between a value and what it is computed from; a value used twice counts twice, also in time
+_MOST_AXES = 64
+_MOST_GROWN = 1 << 20  # elements, where they are more than twice as many as stored: a Gather can make anything of little
 
 
 @dataclass(eq=False)
@@ -63,22 +69,57 @@ def fold(tensor: gs.Tensor, depth: int = _DEPTH) -> Folded | None:
         return None
     if len(node.outputs) != 1:
         return None
-    parts = [fold(value, depth - 1) if value.name else None for value in node.inputs]
-    if any(part is None and value.name for part, value in zip(parts, node.inputs, strict=True)):
+    parts: list[Folded | None] = []
+    for value in node.inputs:
+        part = fold(value, depth - 1) if value.name else None
+        if part is None and value.name:
+            return None
+        parts.append(part)
+    held = [part for part in parts if part is not None]
+    if sum(len(part.nodes) for part in held) >= _MOST_NODES:
         return None
-    result = rule(node, *parts)
+    result = _apply(rule, node, parts)
+    if result is None:
+        return None
+    result.nodes = [node, *(inner for part in held for inner in part.nodes)]
+    result.sources = [source for part in held for source in part.sources]
+    result.quantized |= any(part.quantized for part in held)
+    result.overridable = any(part.overridable for part in held)
+    stored = sum(size_of(getattr(source, "default", source).shape) for source in result.sources)
+    return result if size_of(result.shape) <= max(_MOST_GROWN, 2 * stored) else None
+
+
+def _apply(rule: Callable[..., Folded | None], node: gs.Node, parts: list[Folded | None]) -> Folded | None:
+    """What ``rule`` makes of ``parts``; None where the node is not as its operator should be."""
+    try:
+        result = rule(node, *parts)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        return None  # shapes that do not fit, inputs or attributes that are missing: ONNX Runtime will say so
     if result is not None:
-        result.nodes = [node, *(inner for part in parts if part is not None for inner in part.nodes)]
-        result.sources = [source for part in parts if part is not None for source in part.sources]
-        result.quantized |= any(part.quantized for part in parts if part is not None)
-        result.overridable = any(part.overridable for part in parts if part is not None)
+        result.load = partial(_load, node, result.load)
     return result
+
+
+def _load(node: gs.Node, load: Callable[[], Array]) -> Array:
+    """What ``node`` computes, where it can be computed."""
+    try:
+        return load()
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise InputError(f"node '{node.name or node.op}' computes a constant that cannot be computed "
+                         f"({' '.join(str(error).split())[:200]}): export the model again") from None
+
+
+def _few(part: Folded) -> list[int]:
+    """The integers in ``part``, which has one for each axis of something."""
+    if size_of(part.shape) > _MOST_AXES:
+        raise ValueError("more axes than an array can have")
+    return [int(number) for number in part.load().reshape(-1)]
 
 
 def small(tensor: gs.Tensor, limit: int = 1 << 20) -> Array | None:
     """The array of a constant of at most ``limit`` elements, else None."""
     folded = fold(tensor)
-    if folded is None or int(np.prod(folded.shape, dtype=np.int64)) > limit:
+    if folded is None or size_of(folded.shape) > limit:
         return None
     return folded.load()
 
@@ -130,21 +171,21 @@ def _transpose(node: gs.Node, x: Folded) -> Folded:
 
 
 def _reshape(node: gs.Node, x: Folded, shape: Folded) -> Folded | None:
-    target = [int(dim) for dim in shape.load().reshape(-1)]
+    target = _few(shape)
     if not node.attrs.get("allowzero", 0):
         target = [x.shape[i] if dim == 0 and i < len(x.shape) else dim for i, dim in enumerate(target)]
-    size = int(np.prod(x.shape, dtype=np.int64))
+    size = size_of(x.shape)
     if target.count(-1) == 1:
-        rest = int(np.prod([dim for dim in target if dim != -1], dtype=np.int64))
+        rest = size_of(tuple(dim for dim in target if dim != -1))
         target[target.index(-1)] = size // rest if rest else 0
-    if int(np.prod(target, dtype=np.int64)) != size or min(target, default=0) < 0:
+    if size_of(tuple(target)) != size or min(target, default=0) < 0:
         return None
     return _computed(tuple(target), x.onnx_type, lambda: x.load().reshape(target))
 
 
 def _axes(node: gs.Node, axes: Folded | None) -> list[int] | None:
     if axes is not None:
-        return [int(axis) for axis in axes.load().reshape(-1)]
+        return _few(axes)
     found = node.attrs.get("axes")
     return None if found is None else list(found)
 
@@ -175,7 +216,7 @@ def _gather(node: gs.Node, x: Folded, indices: Folded) -> Folded:
 
 def _slice(node: gs.Node, x: Folded, *bounds: Folded | None) -> Folded | None:
     if bounds:
-        numbers = [None if part is None else [int(v) for v in part.load().reshape(-1)] for part in bounds]
+        numbers = [None if part is None else _few(part) for part in bounds]
     else:
         numbers = [list(node.attrs["starts"]), list(node.attrs["ends"]), node.attrs.get("axes")]
     numbers += [None] * (4 - len(numbers))

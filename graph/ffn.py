@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from .activation import Activation, name_activation
 from .edges import Edges, block_edges
-from .edit import current, producer
+from .edit import current, producer, remove_dead, take_over
 from .linear import Linear, read_linear
 from .model import Model
 from .pointwise import Array
@@ -177,6 +177,16 @@ class FFNBlock:
             linear.input, linear.output = current(linear.input), current(linear.output)
         for leaf in self.region.leaves:
             leaf.tensor = current(leaf.tensor)
+
+    def replace(self, y: gs.Tensor) -> None:
+        """Put ``y`` (as wide and as long as ``output``) in the place of what the block gives.
+
+        ``output`` keeps its name and its readers; what only the block needed is removed. What other nodes read from inside
+        the block stays, and with it what computes it.
+        """
+        old = producer(self.output)
+        take_over(self.output, y)
+        remove_dead(self.graph, [old] if old is not None else [])
 
     def hidden_from(self, up: Array, gate: Array | None = None) -> Array:
         """``h`` in float64 from the projections' outputs with their biases, ``[*, d_ff]`` each; inner norms left out."""

@@ -64,9 +64,7 @@ def bypass(model: Model, block: FFNBlock, constant: Array | None) -> None:
     in_place = build.zeros(block.input, block.d_out, block.axis)
     if constant is not None:
         in_place = build.op("Add", in_place, build.vector(constant, block.axis, "mean"), hint="mean_output")
-    old = producer(block.output)
-    take_over(block.output, in_place)
-    remove_dead(block.graph, [old] if old is not None else [])
+    block.replace(in_place)
 
 
 def _splice(build: Builder, block: FFNBlock, constant: Array | None) -> bool:

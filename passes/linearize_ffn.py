@@ -118,11 +118,10 @@ class LinearizeFFN(BlockPass):
             axis = block.up.linear.axis
             product = build.op("Mul", block.region.leaves[0].tensor, build.vector(slope, axis, "slope"), hint="line")
             line = build.op("Add", product, build.vector(intercept, axis, "intercept"), hint="line_shift")
-            old, target = producer(block.hidden), block.hidden
+            old = producer(block.hidden)
+            take_over(block.hidden, line)
+            remove_dead(block.graph, [old] if old is not None else [])
         else:
             matrix, offset, _ = statistics
-            line = build.linear(block.input, matrix, offset, axis=block.axis, hint="affine")
-            old, target = producer(block.output), block.output
-        take_over(target, line)
-        remove_dead(block.graph, [old] if old is not None else [])
+            block.replace(build.linear(block.input, matrix, offset, axis=block.axis, hint="affine"))
         return Rewritten(gone="made affine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ from .ort_values import weight_value
 from .sessions import Source
 
 
-def executed_ops(source: Source | bytes, *, provider: str = "cpu", threads: int | None = None) -> Counter[str]:
+def executed_ops(source: Source | bytes, *, provider: str = "cpu", threads: int | None = None,
+                 config: Mapping[str, str] | None = None) -> Counter[str]:
     """How often each operator is in the graph that ONNX Runtime made of ``source`` (or its bytes), inner graphs included.
 
     Operators outside the default domain are written ``domain:Op``. Fusions show as operators that the model did not have.
 
+    Args:
+        config: further entries of the session's configuration.
+
     Raises:
         InputError: ONNX Runtime refuses the model.
     """
-    options = session_options({"session.optimized_model_external_initializers_file_name": "weights",
+    options = session_options({**(config or {}), "session.optimized_model_external_initializers_file_name": "weights",
                                "session.optimized_model_external_initializers_min_size_in_bytes": "1024"}, threads, True)
     opened: str | bytes = source if isinstance(source, bytes) else str(source)
     held: list[Any] = []

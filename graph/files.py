@@ -89,6 +89,16 @@ class Source:
             position += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def real_path(self) -> Path | None:
+        """Where the file lies, links followed; None where another file has taken its name since."""
+        path = Path(os.path.realpath(self.path))
+        try:
+            there, opened = os.stat(path), os.fstat(self._descriptor) if self._descriptor is not None else None
+        except OSError:
+            return None
+        same = opened is None or (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
+        return path if same and there.st_size == self.size else None
+
     def open(self) -> BinaryIO:
         """A file object of its own over the same file."""
         if self._descriptor is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from .names import Names
 from .save import Staged, stage_model
 from .store import read_model
 from .view import Importer
-from .weights import Values, values_of
+from .weights import StoredValues, Values, values_of
 
 _LARGE = 1 << 10  # bytes; smaller initializers travel inside the bytes of a session
 
@@ -68,6 +69,15 @@ class Model:
     def stored(self) -> dict[str, Values]:
         """The weights of the file, by stub key."""
         return dict(self._stored)
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder in whose files most bytes of the weights lie, so that they can be mapped from there; None without any."""
+        sizes: Counter[Path] = Counter()
+        for values in self._stored.values():
+            if isinstance(values, StoredValues) and values.place is not None:
+                sizes[values.place.parent] += values.nbytes
+        return max(sizes, key=sizes.__getitem__, default=None)
 
     @property
     def opset(self) -> int:
@@ -137,8 +147,8 @@ class Model:
                 imported.add(domain)
         return proto, {**self._stored, **exporter.values}
 
-    def session_parts(self, outputs: Sequence[str] = (), *, only: bool = False,
-                      inputs: Mapping[str, int] | None = None) -> tuple[bytes, dict[str, Values]]:
+    def session_parts(self, outputs: Sequence[str] = (), *, only: bool = False, inputs: Mapping[str, int] | None = None,
+                      folder: Path | None = None) -> tuple[bytes, dict[str, Values]]:
         """What ONNX Runtime needs for a session without a copy of the weights.
 
         Args:
@@ -146,10 +156,11 @@ class Model:
             only: give out nothing but ``outputs``; what they do not need is left out.
             inputs: values of the main graph that will be fed, with their element types: what computes them is left out, and
                 so are inputs that nothing needs then (implies ``only``).
+            folder: weights that lie in files of this folder are named there, for ONNX Runtime to map into memory itself.
 
         Returns:
-            The bytes of a model whose large main-graph initializers are external, and those initializers by name.
-            Everything else (weights inside subgraphs and Constant nodes) is in the bytes.
+            The bytes of a model whose large main-graph initializers are external, and those initializers by name, except
+            those in ``folder``. Everything else (weights inside subgraphs and Constant nodes) is in the bytes.
         """
         proto, values = self.to_proto(outputs)
         parts = onnx.ModelProto()
@@ -164,9 +175,16 @@ class Model:
             if weight.nbytes < _LARGE:
                 tensor.CopyFrom(_inlined(tensor, values))
                 continue
-            large[tensor.name] = weight
+            place = weight.place if isinstance(weight, StoredValues) and folder is not None else None
             del tensor.external_data[:]
-            tensor.external_data.add(key="location", value="ffnfold")
+            if place is not None and place.parent == folder:
+                assert isinstance(weight, StoredValues)
+                entries = {"location": place.name, "offset": str(weight.offset), "length": str(weight.nbytes)}
+            else:
+                large[tensor.name] = weight
+                entries = {"location": "ffnfold"}
+            for key, value in entries.items():
+                tensor.external_data.add(key=key, value=value)
         for tensor in _other_stubs(parts):
             tensor.CopyFrom(_inlined(tensor, values))
         return parts.SerializeToString(), large

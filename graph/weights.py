@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,13 @@ class StoredValues(Values):
             return self.load()
         flat = np.memmap(self.source.open(), np.uint8, "r", self.offset, (self.nbytes,))
         return flat.view(self.dtype).reshape(self.shape)
+
+    @property
+    def place(self) -> Path | None:
+        """The file to map it from, links followed; None where that cannot be done (as in :meth:`memmap`) or the file is gone."""
+        if bits_of(self.onnx_type) < 8 or self.offset % self.dtype.itemsize:
+            return None
+        return self.source.real_path()
 
     def tiles(self, max_bytes: int = _TILE) -> Iterator[bytes | memoryview]:
         """The bytes in the file, a tile at a time."""

@@ -10,10 +10,12 @@ from typing import Any
 from ..graph.errors import InputError
 from ..graph.model import Model
 from .feed_check import check_keys
+from .lean import make_lean
 from .onnx_runtime import PROVIDERS, complaints, onnx_runtime, providers, session_options
 from .ort_values import array_value, is_foreign, to_array, weight_value
 from .specs import InputSpec, ValueSpec, specs_of
 
+_FOLDER = "session.model_external_initializers_file_folder_path"
 Source = Path | str | PathLike[str] | Model
 """Where a session comes from: the path of a model, or a model in the course of being rewritten."""
 
@@ -81,7 +83,7 @@ class Session:
 
 def open_session(source: Source, *, provider: str = "cpu", threads: int | None = None, outputs: Sequence[str] = (),
                  only: bool = False, inputs: Mapping[str, int] | None = None, optimize: bool = True,
-                 use_tf32: bool = False, config: Mapping[str, str] | None = None,
+                 lean: bool = False, use_tf32: bool = False, config: Mapping[str, str] | None = None,
                  provider_options: Mapping[str, str] | None = None) -> Session:
     """A session over ``source``. ONNX Runtime opens a file itself; a ``Model`` gets its weights without a copy.
 
@@ -93,6 +95,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         only: give out nothing but ``outputs``, and compute only what they need.
         inputs: values of the main graph that will be fed instead of computed, with their element types (implies ``only``).
         optimize: False turns ONNX Runtime's graph optimizations off.
+        lean: keep memory down at the cost of speed (see :func:`~.lean.make_lean`).
         use_tf32: whether CUDA may round float32 operands of MatMul to TF32 (10 bits of mantissa).
         config: session configuration entries.
         provider_options: options of the CUDA provider.
@@ -102,13 +105,19 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
     """
     options = session_options(config or {}, threads, optimize)
     chosen = providers(provider, provider_options or {}, use_tf32)
-    if outputs and not isinstance(source, Model):
+    if (outputs or lean) and not isinstance(source, Model):
         source = Model.load(source)
+    switched_off: list[str] = []
     held: list[Any] = []
     if isinstance(source, Model):
         name = str(source.path)
         opened: bytes | str
-        opened, weights = source.session_parts(tuple(outputs), only=only, inputs=inputs)
+        folder_of_weights = source.weights_folder
+        opened, weights = source.session_parts(tuple(outputs), only=only, inputs=inputs, folder=folder_of_weights)
+        if folder_of_weights is not None:
+            options.add_session_config_entry(_FOLDER, str(folder_of_weights))
+        if lean and provider == "cpu":
+            switched_off = make_lean(options, opened)
         with complaints(name, "take the weights of"):
             held = [weight_value(values) for values in weights.values()]
             if held:
@@ -118,7 +127,8 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         if not Path(source).is_file():
             raise InputError(f"{name}: no such file: check the path")
     with complaints(name, "load"):
-        raw = onnx_runtime().InferenceSession(opened, options, providers=chosen, enable_fallback=False)
+        raw = onnx_runtime().InferenceSession(opened, options, providers=chosen, enable_fallback=False,
+                                                    disabled_optimizers=switched_off)
     if PROVIDERS[provider] not in raw.get_providers():
         raise InputError(f"provider '{provider}': its libraries cannot be loaded: check the NVIDIA driver, then "
                          "pip install 'onnxruntime-gpu[cuda,cudnn]'")

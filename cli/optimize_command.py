@@ -27,6 +27,8 @@ from .report import check_folder, print_report, write_report
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="What the default plan is for.")
 @options.provider()
+@options.tf32()
+@options.allow_cpu()
 @options.threads()
 @options.max_drift()
 @click.option("--strict", is_flag=True, help="Write nothing when a limit is missed.")
@@ -34,8 +36,8 @@ from .report import check_folder, print_report, write_report
 @click.option("--report", "report_folder", type=options.PATH, metavar="DIR", help="Write report.json, report.md, plan.yaml.")
 @options.as_json()
 def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path | None, data: Path | None, synthetic: bool,
-            target: str, provider: str, threads: int | None, max_drift: tuple[str, ...], strict: bool, no_verify: bool,
-            report_folder: Path | None, as_json: bool) -> None:
+            target: str, provider: str, use_tf32: bool, allow_cpu: bool, threads: int | None, max_drift: tuple[str, ...],
+            strict: bool, no_verify: bool, report_folder: Path | None, as_json: bool) -> None:
     """Rewrite MODEL by a plan and write the result to OUT.
 
     Without -p and --plan the default plan of the target runs, which needs no inputs. With --data (or --synthetic) the
@@ -45,6 +47,7 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
         raise InputError("give the plan with -p or with --plan, not both")
     plan = Plan.load(plan_file) if plan_file else Plan.parse(passes) if passes else default_plan(target)
     job = Job(model, output, plan, data=data, synthetic=synthetic, provider=provider, threads=threads,
+              use_tf32=use_tf32, allow_cpu=allow_cpu,
               limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify)
     if no_verify and max_drift:
         raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")

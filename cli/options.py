@@ -29,6 +29,17 @@ def provider() -> Decorator:
                         help="Where ONNX Runtime runs.")
 
 
+def allow_cpu() -> Decorator:
+    """``--allow-cpu-nodes``."""
+    return click.option("--allow-cpu-nodes", "allow_cpu", is_flag=True,
+                        help="On CUDA: accept nodes that compute on the CPU for want of a CUDA kernel.")
+
+
+def tf32() -> Decorator:
+    """``--tf32``."""
+    return click.option("--tf32", "use_tf32", is_flag=True, help="On CUDA: round float32 operands of MatMul to TF32.")
+
+
 def threads() -> Decorator:
     """``--threads``."""
     return click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads inside an operator.")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 from rich.console import Console
@@ -45,6 +46,15 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str], None]]:
         return
     with Console(stderr=True, markup=False, emoji=False).status("…") as status:
         yield lambda message: status.update(message)
+
+
+def placement(found: dict[str, Any]) -> str:
+    """Where nodes ran, for people."""
+    nodes = ", ".join(f"{name.removesuffix('ExecutionProvider')} {count}"
+                      for name, count in (found["nodes_by_provider"] or {}).items())
+    copies = f", {found['memcpy_nodes']} copies" if found["memcpy_nodes"] else ""
+    fallen = f", {len(found['fallback_nodes'])} that compute on the CPU" if found["fallback_nodes"] else ""
+    return f"{nodes}{copies}{fallen}"
 
 
 def megabytes(count: int) -> str:

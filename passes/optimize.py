@@ -33,6 +33,7 @@ class Job:
         plan: passes to run.
         data: feeds, or None; synthetic: make some up instead.
         provider, threads: how ONNX Runtime runs.
+        use_tf32, allow_cpu: on CUDA, round to TF32; accept nodes that compute on the CPU.
         limits: on the drift.
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
@@ -46,6 +47,8 @@ class Job:
     synthetic: bool = False
     provider: str = "cpu"
     threads: int | None = None
+    use_tf32: bool = False
+    allow_cpu: bool = False
     limits: Sequence[Limit] = field(default_factory=tuple)
     strict: bool = False
     verify: bool = True
@@ -138,11 +141,13 @@ def _measure(job: Job, model: Model, results: list[PassResult], staged: Staged, 
     feeds: Feeds = split.report
     report["feeds"] = feeds.kind
     progress("measuring the drift")
-    drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits)
+    drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits,
+                    use_tf32=job.use_tf32, allow_cpu=job.allow_cpu)
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
     report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]
     progress("timing")
-    timing = race([job.model, staged.temporary], feeds, provider=job.provider, threads=job.threads)
+    timing = race([job.model, staged.temporary], feeds, provider=job.provider, threads=job.threads, use_tf32=job.use_tf32,
+                  allow_cpu=job.allow_cpu)
     report["speed"] = {**timing["ratios"][-1], "model": str(job.output)}
     report["machine"] = timing["machine"]
     return report

@@ -2,6 +2,7 @@
 
 from .capture import capture, capture_raw
 from .drift import Drift, compare
+from .entrant import Variant
 from .feeds import Feed, Feeds, load_feeds, parse_shape
 from .limits import Limit, parse_limit
 from .moments import DiagonalMoments, Moments
@@ -11,5 +12,5 @@ from .synthetic import synthetic_feeds
 from .timing import race
 
 __all__ = ["DiagonalMoments", "Drift", "Feed", "Feeds", "InputSpec", "Limit", "Moments", "Session", "Source", "ValueSpec",
-           "capture", "capture_raw", "compare", "input_specs", "load_feeds", "open_session", "parse_limit", "parse_shape", "race",
-           "synthetic_feeds"]
+           "Variant", "capture", "capture_raw", "compare", "input_specs", "load_feeds", "open_session", "parse_limit",
+           "parse_shape", "race", "synthetic_feeds"]

@@ -28,6 +28,7 @@ class Drift:
         outputs: output → metric → number; see :class:`OutputMetrics`. None where a metric does not apply.
         missed: one sentence for each limit that was not kept.
         skipped: output → why it was not compared (strings, sequences).
+        cuda: on CUDA, whether TF32 was allowed (``tf32``) and where the nodes of ``reference`` and ``candidate`` ran.
     """
 
     provider: str
@@ -36,6 +37,7 @@ class Drift:
     outputs: Mapping[str, Metrics]
     missed: tuple[str, ...] = ()
     skipped: Mapping[str, str] | None = None
+    cuda: Mapping[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -46,15 +48,18 @@ class Drift:
         return self.ok
 
     def to_json(self) -> dict[str, Any]:
-        """``verify``'s object. JSON has no infinity and no NaN: such numbers are null."""
+        """``verify``'s object, on CUDA with ``cuda``. JSON has no infinity and no NaN: such numbers are null."""
+        on_cuda = {} if self.cuda is None else {"cuda": self.cuda}
         return {"provider": self.provider, "feeds": self.feeds, "samples": self.samples, "ok": self.ok,
                 "outputs": {name: {metric: None if value is None or not math.isfinite(value) else value
-                                   for metric, value in metrics.items()} for name, metrics in self.outputs.items()}}
+                                   for metric, value in metrics.items()} for name, metrics in self.outputs.items()},
+                **on_cuda}
 
 
 def compare(reference: Source | Session, candidate: Source | Session, feeds: Feeds, *, provider: str = "cpu",
             threads: int | None = None, logits: Sequence[str] = (), limits: Sequence[Limit] = (),
-            outputs: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None) -> Drift:
+            outputs: Sequence[str] | None = None, use_tf32: bool = False, allow_cpu: bool = False,
+            progress: Callable[[int, int], None] | None = None) -> Drift:
     """Run both models on every feed and measure how far each output moved. No output is kept.
 
     Args:
@@ -62,16 +67,18 @@ def compare(reference: Source | Session, candidate: Source | Session, feeds: Fee
         logits: outputs that are logits, besides one called ``logits``: they get ``kl_mean``, ``top1``, ``top5``.
         limits: what must hold; those that name no output are for every floating-point output.
         outputs: values to compare instead of the outputs; they may lie inside the main graph of both models.
+        use_tf32: whether CUDA may round float32 operands of MatMul to TF32.
+        allow_cpu: accept nodes that compute on the CPU though CUDA was asked for.
         progress: called after each feed with how many are done and how many there are.
 
     Raises:
         InputError: inputs, outputs or their shapes differ between the two; a limit or ``logits`` names what is not
-            there; no feeds; ONNX Runtime fails.
+            there; no feeds; ONNX Runtime fails; nodes that compute fell back to the CPU.
     """
     if not len(feeds):
         raise InputError("there are no feeds to compare on: give some with --data, or --synthetic")
-    ours = _opened(reference, provider, threads, outputs)
-    theirs = _opened(candidate, provider, threads, outputs)
+    ours = _opened(reference, provider, threads, outputs, use_tf32)
+    theirs = _opened(candidate, provider, threads, outputs, use_tf32)
     names, skipped = _compared(ours, theirs, outputs)
     chosen = _logits(names, logits)
     bounds = _bounds(limits, ours, names, chosen)
@@ -79,6 +86,9 @@ def compare(reference: Source | Session, candidate: Source | Session, feeds: Fee
     for done, feed in enumerate(feeds, 1):
         padding = Padding(feed)
         first, second = ours.run(feed, names), theirs.run(feed, names)
+        if done == 1 and not allow_cpu:
+            ours.check_placement()
+            theirs.check_placement()
         for name in names:
             if first[name].shape != second[name].shape:
                 raise InputError(f"output '{name}': the reference gives the shape {list(first[name].shape)}, the candidate "
@@ -89,13 +99,22 @@ def compare(reference: Source | Session, candidate: Source | Session, feeds: Fee
     found = {name: metrics[name].result() for name in names}
     missed = tuple(_sentence(limit, name, found[name][limit.metric]) for limit, name in bounds
                    if not limit.met(found[name][limit.metric]))
-    return Drift(ours.provider, feeds.kind, len(feeds), found, missed, skipped)
+    return Drift(ours.provider, feeds.kind, len(feeds), found, missed, skipped, _on_cuda(ours, theirs, use_tf32))
 
 
-def _opened(source: Source | Session, provider: str, threads: int | None, outputs: Sequence[str] | None) -> Session:
+def _opened(source: Source | Session, provider: str, threads: int | None, outputs: Sequence[str] | None,
+            use_tf32: bool) -> Session:
     if isinstance(source, Session):
         return source
-    return open_session(source, provider=provider, threads=threads, outputs=tuple(outputs or ()))
+    return open_session(source, provider=provider, threads=threads, outputs=tuple(outputs or ()), use_tf32=use_tf32,
+                        trace=provider != "cpu")
+
+
+def _on_cuda(ours: Session, theirs: Session, use_tf32: bool) -> dict[str, Any] | None:
+    if ours.provider == "cpu":
+        return None
+    places = {"reference": ours.placement(), "candidate": theirs.placement()}
+    return {"tf32": use_tf32, **{which: None if place is None else place.to_json() for which, place in places.items()}}
 
 
 def _compared(ours: Session, theirs: Session, outputs: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:

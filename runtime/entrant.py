@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,32 @@ from .feed_check import check_keys
 from .feeds import Feed, Feeds
 from .machine import ResidentMemory
 from .onnx_runtime import complaints, onnx_runtime
-from .ort_values import array_value, is_foreign
+from .ort_values import device_value
+from .placement import Placement
 from .sessions import Session, Source, open_session
-from .specs import Array
 
-_CONFIG = {
-    "session.force_spinning_stop": "1",  # threads of the model that just ran must not spin into the other's time
-    "session.record_ep_graph_assignment_info": "1",
-}
+_CONFIG = {"session.force_spinning_stop": "1"}  # threads of the model that just ran must not spin into the other's time
+_NO_GRAPH = "-1"  # the ``gpu_graph_id`` of a run that neither captures nor replays
 
 
-class Entrant:
-    """One model of a race.
+@dataclass(frozen=True)
+class Variant:
+    """A model and how ONNX Runtime is to run it.
 
     Attributes:
-        name: its path.
-        load_ms: how long opening its session took.
-        peak_bytes: how far resident memory rose at most while it was loaded and warmed up; None where unknown.
+        source: the model.
+        name: what to call it; its path where nothing is said.
+        config: session configuration entries.
     """
 
-    def __init__(self, source: Source, feeds: Feeds, *, provider: str, threads: int | None, cuda_graph: bool,
-                 use_tf32: bool, warm_up: int) -> None:
-        self.name = str(source.path if isinstance(source, Model) else source)
-        self.source = source
-        settings = {"enable_cuda_graph": "1"} if cuda_graph else {}
-        with ResidentMemory() as memory:
-            start = time.perf_counter()
-            self.session = open_session(source, provider=provider, threads=threads, use_tf32=use_tf32, config=_CONFIG,
-                                        provider_options=settings)
-            self.load_ms = (time.perf_counter() - start) * 1e3
-            with complaints(self.name, "run"):
-                self._runs = [_Run(self.session, feed, number, cuda_graph) for number, feed in enumerate(feeds, 1)]
-                for run in self._runs * warm_up:
-                    run.milliseconds()
-        self.peak_bytes = memory.peak_bytes
+    source: Source
+    name: str = ""
+    config: Mapping[str, str] = field(default_factory=dict)
 
-    def milliseconds(self, feed: int) -> float:
-        """Run feed number ``feed`` once and say how long it took, the device synchronized."""
-        with complaints(self.name, "run"):
-            return self._runs[feed].milliseconds()
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return self.name or str(self.source.path if isinstance(self.source, Model) else self.source)
 
     @property
     def bytes(self) -> int:
@@ -63,76 +50,94 @@ class Entrant:
             return len(proto) + sum(values.nbytes for values in weights.values())
         return read_model(Path(self.source)).nbytes
 
-    @property
-    def nodes_by_provider(self) -> Mapping[str, int] | None:
-        """Provider → nodes given to it, counted when ONNX Runtime divided the graph (later fusions make them fewer).
 
-        None where this ONNX Runtime does not tell.
-        """
-        tell = getattr(self.session.raw, "get_provider_graph_assignment_info", None)
-        if tell is None:
-            return None
-        try:
-            parts = tell()
-        except Exception:  # a build that knows the call and not the configuration entry
-            return None
-        count: Counter[str] = Counter()
-        for part in parts:
-            count[part.ep_name] += len(part.get_nodes())
-        return dict(sorted(count.items()))
+class Entrant:
+    """One model of a race.
+
+    Attributes:
+        variant: the model.
+        load_ms: how long opening its session took.
+        peak_bytes: how far resident memory rose at most while it was loaded and warmed up; None where unknown.
+        placement: where each node ran.
+    """
+
+    def __init__(self, variant: Variant, feeds: Feeds, *, provider: str, threads: int | None, cuda_graph: bool,
+                 use_tf32: bool, warm_up: int, allow_cpu: bool) -> None:
+        self.variant = variant
+        settings = {"enable_cuda_graph": "1"} if cuda_graph else {}
+        with ResidentMemory() as memory:
+            start = time.perf_counter()
+            self.session = open_session(variant.source, provider=provider, threads=threads, use_tf32=use_tf32,
+                                        config={**_CONFIG, **variant.config}, provider_options=settings, trace=True)
+            self.load_ms = (time.perf_counter() - start) * 1e3
+            with complaints(variant.title, "run"):
+                self._runs = [_Run(self.session, feed, number, cuda_graph) for number, feed in enumerate(feeds, 1)]
+                self._runs[0].milliseconds(graph=False)
+                self.placement: Placement | None = self.session.placement()
+                if not allow_cpu:
+                    self.session.check_placement()
+                for run in self._runs * warm_up:
+                    for graph in {False, cuda_graph}:
+                        run.milliseconds(graph=graph)
+        self.peak_bytes = memory.peak_bytes
+
+    def milliseconds(self, feed: int, *, graph: bool) -> float:
+        """Run feed number ``feed`` once, as a CUDA graph or not, and say how long it took, the device synchronized."""
+        with complaints(self.variant.title, "run"):
+            return self._runs[feed].milliseconds(graph=graph)
+
+    def outputs(self, feed: int, *, graph: bool) -> dict[str, Any]:
+        """What a run on feed number ``feed`` gives, as arrays."""
+        with complaints(self.variant.title, "run"):
+            return self._runs[feed].outputs(graph=graph)
 
 
 class _Run:
     """One feed bound to the device, with room for its outputs there."""
 
     def __init__(self, session: Session, feed: Feed, number: int, cuda_graph: bool) -> None:
-        self.session = session.raw
-        self.device = session.provider
+        self.session = session
         self.binding = session.raw.io_binding()
-        self.options = _quiet_options()
+        self.plain = _quiet_options({"gpu_graph_id": _NO_GRAPH} if cuda_graph else {})
+        self.graphed = _quiet_options({"gpu_graph_id": str(number)}) if cuda_graph else None
         self._held: list[Any] = []  # the binding does not keep the arrays alive
         check_keys(session.name, feed, session.inputs)
         kinds = {spec.name: spec for spec in session.inputs}
         for name, array in feed.items():
             if not hasattr(array, "dtype") or not kinds[name].is_tensor:
                 raise InputError(f"{session.name}: input '{name}' is {kinds[name].onnx_type}: only tensors can be timed")
-            self._held.append(self._on_device(array, kinds[name].element_type))
+            self._held.append(device_value(array, kinds[name].element_type, session.device_of(name)))
             self.binding.bind_ortvalue_input(name, self._held[-1])
         for spec in session.outputs:
-            self.binding.bind_output(spec.name, self.device)
+            self.binding.bind_output(spec.name, session.device_of(spec.name))
         if cuda_graph:
-            self._fix_addresses(session, number)
+            self._fix_addresses()
 
-    def milliseconds(self) -> float:
+    def milliseconds(self, *, graph: bool) -> float:
         """How long one run takes, from binding to results on the device."""
+        options = self.graphed if graph else self.plain
         self.binding.synchronize_inputs()
         start = time.perf_counter()
-        self.session.run_with_iobinding(self.binding, self.options)
+        self.session.raw.run_with_iobinding(self.binding, options)
         self.binding.synchronize_outputs()
         return (time.perf_counter() - start) * 1e3
 
-    def _on_device(self, array: Array, onnx_type: int) -> Any:
-        if self.device == "cpu":
-            return array_value(array, onnx_type)
-        ort_value = onnx_runtime().OrtValue
-        if not is_foreign(onnx_type):
-            return ort_value.ortvalue_from_numpy(array, self.device, 0)
-        there = ort_value.ortvalue_from_shape_and_type(list(array.shape), onnx_type, self.device)
-        onnx_runtime().copy_tensors([array_value(array, onnx_type)], [there])
-        return there
+    def outputs(self, *, graph: bool) -> dict[str, Any]:
+        """The outputs of one run, copied to the CPU."""
+        self.milliseconds(graph=graph)
+        return dict(zip((spec.name for spec in self.session.outputs), self.binding.copy_outputs_to_cpu(), strict=True))
 
-    def _fix_addresses(self, session: Session, number: int) -> None:
+    def _fix_addresses(self) -> None:
         """A CUDA graph replays on the same addresses: run once without one, then keep the outputs where they came out."""
-        self.options.add_run_config_entry("gpu_graph_id", "-1")
-        self.session.run_with_iobinding(self.binding, self.options)
-        for spec, value in zip(session.outputs, self.binding.get_outputs(), strict=True):
+        self.session.raw.run_with_iobinding(self.binding, self.plain)
+        for spec, value in zip(self.session.outputs, self.binding.get_outputs(), strict=True):
             self._held.append(value)
             self.binding.bind_ortvalue_output(spec.name, value)
-        self.options = _quiet_options()
-        self.options.add_run_config_entry("gpu_graph_id", str(number))
 
 
-def _quiet_options() -> Any:
+def _quiet_options(config: Mapping[str, str]) -> Any:
     options = onnx_runtime().RunOptions()
     options.log_severity_level = 4
+    for key, value in config.items():
+        options.add_run_config_entry(key, value)
     return options

@@ -14,10 +14,16 @@ from .onnx_runtime import onnx_runtime
 
 
 def machine(provider: str, threads: int | None, use_tf32: bool) -> dict[str, Any]:
-    """What a reader needs to know of it: processor, cores, system, ONNX Runtime, threads; on CUDA also GPU and TF32."""
+    """What a reader needs to know of it: processor, cores, system, ONNX Runtime, threads.
+
+    On CUDA also the GPU, its driver, the CUDA that ONNX Runtime was built with, and whether TF32 was allowed; else null.
+    """
+    cuda = provider == "cuda"
+    gpu, driver = _gpu() if cuda else (None, None)
     return {"cpu": _cpu_model(), "cores": available_cores(), "os": platform.platform(),
             "python": platform.python_version(), "onnxruntime": onnx_runtime().__version__, "threads": threads,
-            "gpu": _gpu_name() if provider == "cuda" else None, "tf32": use_tf32 if provider == "cuda" else None}
+            "gpu": gpu, "driver": driver, "cuda": getattr(onnx_runtime(), "cuda_version", None) if cuda else None,
+            "tf32": use_tf32 if cuda else None}
 
 
 def available_cores() -> int:
@@ -69,10 +75,12 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu_name() -> str | None:
+def _gpu() -> tuple[str | None, str | None]:
+    """Name and driver version of the first GPU."""
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True,
-                               timeout=20, check=True)
+        found = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+                               capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return (found.stdout.strip().splitlines() or [""])[0] or None
+        return None, None
+    name, _, driver = (found.stdout.strip().splitlines() or [""])[0].partition(",")
+    return name.strip() or None, driver.strip() or None

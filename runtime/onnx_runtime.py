@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from ..graph.errors import InputError
+from .cuda_libraries import preload_cuda
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FATAL = 4
@@ -37,6 +37,9 @@ def session_options(config: Mapping[str, str], threads: int | None, optimize: bo
         config: session configuration entries, e.g. ``{"session.disable_quant_qdq": "1"}``.
         threads: threads inside an operator; None lets ONNX Runtime choose.
         optimize: False turns every graph optimization off.
+
+    Raises:
+        InputError: threads below 1, or an entry that ONNX Runtime does not take.
     """
     runtime = onnx_runtime()
     options = runtime.SessionOptions()
@@ -48,7 +51,10 @@ def session_options(config: Mapping[str, str], threads: int | None, optimize: bo
     if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in config.items():
-        options.add_session_config_entry(key, value)
+        try:
+            options.add_session_config_entry(key, value)
+        except RuntimeError as error:
+            raise InputError(f"session configuration entry '{key[:60]}': {one_line(error)}") from None
     return options
 
 
@@ -71,10 +77,7 @@ def providers(provider: str, settings: Mapping[str, str], use_tf32: bool) -> lis
 
 @cache
 def _preload() -> None:
-    preload = getattr(onnx_runtime(), "preload_dlls", None)
-    if preload is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            preload()
+    preload_cuda(onnx_runtime())
 
 
 @contextlib.contextmanager

@@ -37,6 +37,18 @@ def array_value(array: Array, onnx_type: int) -> Any:
     return ort_value.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.dtype.itemsize}"), onnx_type)
 
 
+def device_value(array: Array, onnx_type: int, device: str) -> Any:
+    """An ``OrtValue`` with what ``array`` holds, on ``device``: ``cpu`` (over the array itself) or ``cuda``."""
+    if device == "cpu":
+        return array_value(array, onnx_type)
+    ort_value = onnx_runtime().OrtValue
+    if not is_foreign(onnx_type):
+        return ort_value.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+    there = ort_value.ortvalue_from_shape_and_type(list(array.shape), onnx_type, device, 0)
+    there.update_inplace(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}"))
+    return there
+
+
 def to_array(value: Any) -> Array:
     """The tensor in an ``OrtValue`` that lies on the CPU; a copy for types that NumPy lacks."""
     if not is_foreign(value.element_type()):

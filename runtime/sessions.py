@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from .feed_check import check_keys
 from .lean import make_lean
 from .onnx_runtime import PROVIDERS, complaints, onnx_runtime, providers, session_options
 from .ort_values import array_value, is_foreign, to_array, weight_value
+from .placement import Placement, read_trace
 from .specs import InputSpec, ValueSpec, specs_of
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -31,7 +33,8 @@ class Session:
         raw: the ``onnxruntime.InferenceSession``.
     """
 
-    def __init__(self, raw: Any, name: str, provider: str, held: Sequence[Any]) -> None:
+    def __init__(self, raw: Any, name: str, provider: str, held: Sequence[Any],
+                 trace: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self.raw = raw
         self.name = name
         self.provider = provider
@@ -40,6 +43,35 @@ class Session:
             *(InputSpec(*spec, optional=True) for spec in specs_of(raw.get_overridable_initializers())))
         self.outputs: tuple[ValueSpec, ...] = tuple(ValueSpec(*spec) for spec in specs_of(raw.get_outputs()))
         self._held = held  # ONNX Runtime reads these weights in place
+        self._cpu_edges = _on_cpu(raw) if provider != "cpu" else frozenset()
+        self._trace = trace
+        self._placement: Placement | None = None
+
+    def device_of(self, name: str) -> str:
+        """Where the input or output ``name`` is best bound: where the nodes that read or write it want it.
+
+        An input that only arithmetic on shapes reads is wanted on the CPU; on the device it would be copied at every run.
+        """
+        return "cpu" if name in self._cpu_edges else self.provider
+
+    def placement(self) -> Placement | None:
+        """Where each node ran, in all runs before the first call; None if it was opened without ``trace``."""
+        if self._trace is not None:
+            self._placement = read_trace(Path(self.raw.end_profiling()))
+            self._trace.cleanup()
+            self._trace = None
+        return self._placement
+
+    def check_placement(self) -> None:
+        """Check that nothing fell back to the CPU, on another provider than that.
+
+        Raises:
+            InputError: nodes that compute did; names them and says how to mend it.
+        """
+        placement = None if self.provider == "cpu" else self.placement()
+        complaint = None if placement is None else placement.complaint()
+        if complaint is not None:
+            raise InputError(f"{self.name}: {complaint}")
 
     def run(self, feed: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
         """Run once.
@@ -81,10 +113,20 @@ class Session:
         return {name: to_array(value) for name, value in zip(wanted, binding.get_outputs(), strict=True)}
 
 
+def _on_cpu(raw: Any) -> frozenset[str]:
+    """Inputs and outputs that ONNX Runtime has on the CPU; none where this version does not tell."""
+    try:
+        pairs = [*zip(raw.get_inputs(), raw.get_input_memory_infos(), strict=True),
+                 *zip(raw.get_outputs(), raw.get_output_memory_infos(), strict=True)]
+    except (AttributeError, RuntimeError, ValueError):
+        return frozenset()
+    return frozenset(value.name for value, place in pairs if place is not None and place.name in ("Cpu", "CudaPinned"))
+
+
 def open_session(source: Source, *, provider: str = "cpu", threads: int | None = None, outputs: Sequence[str] = (),
                  only: bool = False, inputs: Mapping[str, int] | None = None, optimize: bool = True,
                  lean: bool = False, use_tf32: bool = False, config: Mapping[str, str] | None = None,
-                 provider_options: Mapping[str, str] | None = None) -> Session:
+                 provider_options: Mapping[str, str] | None = None, trace: bool = False) -> Session:
     """A session over ``source``. ONNX Runtime opens a file itself; a ``Model`` gets its weights without a copy.
 
     Args:
@@ -99,12 +141,16 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         use_tf32: whether CUDA may round float32 operands of MatMul to TF32 (10 bits of mantissa).
         config: session configuration entries.
         provider_options: options of the CUDA provider.
+        trace: write down where each node runs, until ``Session.placement`` is called.
 
     Raises:
         InputError: no such file or value, ONNX Runtime refuses the model, or the provider is missing.
     """
     options = session_options(config or {}, threads, optimize)
     chosen = providers(provider, provider_options or {}, use_tf32)
+    folder = tempfile.TemporaryDirectory(prefix="ffnfold-") if trace else None
+    if folder is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder.name) / "trace")
     if (outputs or lean) and not isinstance(source, Model):
         source = Model.load(source)
     switched_off: list[str] = []
@@ -132,7 +178,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
     if PROVIDERS[provider] not in raw.get_providers():
         raise InputError(f"provider '{provider}': its libraries cannot be loaded: check the NVIDIA driver, then "
                          "pip install 'onnxruntime-gpu[cuda,cudnn]'")
-    session = Session(raw, name, provider, held)
+    session = Session(raw, name, provider, held, folder)
     missing = set(outputs) - {spec.name for spec in session.outputs}
     if missing:
         raise InputError(f"{name}: no value '{min(missing)}' in its main graph: check the name")

@@ -38,9 +38,10 @@ def test_a_model_with_less_work_is_faster(cli, model, wider):
 
 
 def test_the_table_and_real_feeds(cli, model, feeds):
-    outcome = cli("bench", model, model, "--data", feeds)
+    outcome = cli("bench", "model.onnx", "model.onnx", "--data", feeds)
     assert outcome.code == 0
     assert outcome.out.count("model.onnx") == 2
+    assert "CPU " in outcome.out
 
 
 def test_one_model_alone_has_no_ratio(cli, model):
@@ -70,6 +71,7 @@ def test_a_ratio_within_its_baseline_is_exit_code_0(cli, folder, model):
     (["--shape", "x=1x4x8", "--baseline", "model.onnx", "--max-regression", "5"], "is no result of"),
     (["--shape", "x=1x4x8", "--cuda-graph"], "--provider cuda"),
     (["--shape", "x=1x4x8", "--threads", "0"], "--threads"),
+    (["--shape", "x=1x4x8", "--session-config", "no equals sign"], "write it like"),
     (["--shape", "x=1x4x8", "missing.onnx"], "missing.onnx"),
     (["--shape", "x=1x4x8", "feeds"], "feeds"),
 ])
@@ -79,3 +81,8 @@ def test_bad_input(refused, model, feeds, arguments, said):
 
 def test_data_and_shape_together_are_refused(refused, model, feeds):
     assert "not both" in refused("bench", model, "--data", feeds, "--shape", "x=1x4x8")
+
+
+def test_session_configuration_reaches_onnx_runtime(refused, model):
+    line = refused("bench", model, "--shape", "x=1x4x8", "--session-config", f"{'k' * 2000}=1")
+    assert "session configuration entry 'kkk" in line

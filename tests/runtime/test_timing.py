@@ -7,6 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from contract import TIMES
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
 from ffnfold.runtime import Feeds, race
@@ -30,9 +31,10 @@ def test_a_race_returns_the_contract(entry):
     assert (result["provider"], result["machine"]["threads"], result["machine"]["feeds"]) == ("cpu", 1, "real")
     assert [each["model"] for each in result["models"]] == [str(path)] * 3
     for each in result["models"]:
-        assert list(each) == ["model", "p50_ms", "p90_ms", "p99_ms", "load_ms", "bytes", "peak_bytes", "nodes_by_provider"]
+        assert list(each) == TIMES
         assert 0 < each["p50_ms"] <= each["p90_ms"] <= each["p99_ms"]
         assert each["nodes_by_provider"] == {"CPUExecutionProvider": 2}
+        assert each["memcpy_nodes"] == 0
     assert result["models"][0]["bytes"] == path.stat().st_size
     assert [list(each) for each in result["ratios"]] == [["model", "speedup", "low", "high"]] * 2
     assert all(0 < each["low"] <= each["speedup"] <= each["high"] for each in result["ratios"])

@@ -6,7 +6,10 @@ VERIFY = ["provider", "feeds", "samples", "ok", "outputs"]
 OPTIMIZE = ["model", "output", "plan", "passes", "bytes", "feeds", "drift", "speed", "ok"]
 PASS = ["name", "exact", "fired", "refused", "seconds"]
 BENCH = ["machine", "provider", "models", "ratios"]
-TIMES = ["model", "p50_ms", "p90_ms", "p99_ms", "load_ms", "bytes", "peak_bytes", "nodes_by_provider"]
+TIMES = ["model", "p50_ms", "p90_ms", "p99_ms", "load_ms", "bytes", "peak_bytes", "nodes_by_provider",
+         "memcpy_nodes", "fallback_nodes"]
+CUDA = ["tf32", "reference", "candidate"]
+PLACE = ["nodes_by_provider", "memcpy_nodes", "fallback_nodes"]
 RATIO = ["model", "speedup", "low", "high"]
 INSPECT = ["model", "opset", "producer", "nodes", "parameters", "ffn_blocks", "rejected"]
 BLOCK = {"index": int, "name": str, "graph": str, "d_model": int, "d_ff": int, "d_out": int, "activation": str, "gated": bool,

@@ -25,6 +25,7 @@ from ..graph.linear import Linear, read_linear
 from ..graph.model import Model
 from ..graph.types import FLOATS
 from .base import Refused
+from .sharing import shows_inside
 
 Array = npt.NDArray[Any]
 _LARGEST = 1e4  # constants above this (masks, rounding tricks) are left alone: reordering such a sum rounds
@@ -237,11 +238,13 @@ def _part_of_norm(node: gs.Node, x: gs.Tensor) -> bool:
 
 
 def _linear_readers(graph: gs.Graph, tensor: gs.Tensor) -> list[Linear] | None:
-    """The linears that read ``tensor``, if nothing else does."""
+    """The linears that read ``tensor``, if nothing else does; a linear that gives out its product without its bias is none."""
     found = []
     for reader in consumers(tensor):
         linear = read_linear(reader)
         if linear is None or linear.input is not tensor or all(reader is not node for node in graph.nodes):
+            return None
+        if shows_inside(graph, linear):
             return None
         found.append(linear)
     return found or None

@@ -22,7 +22,7 @@ from .base import Context, Pass, PassResult, Refused
 from .bias_rules import add_to_bias
 from .neuron_range import Range, follow
 from .neuron_weights import Indices, NeuronWeight, bound
-from .sharing import is_read_elsewhere, is_shared
+from .sharing import is_read_elsewhere, is_shared, shows_inside
 
 Array = npt.NDArray[Any]
 _WIDE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
@@ -120,6 +120,8 @@ def _reason_against(block: FFNBlock) -> str | None:
         if any(_size(tensor) > 1 and node.op != "Reshape" for tensor in node.inputs):
             return "its activation has numbers of its own for each neuron"
     for linear in block.linears():
+        if shows_inside(block.graph, linear):
+            return "its intermediate value is read elsewhere"
         if linear.bias is not None and _bias_at(linear) is None:
             return "a bias is of a form that is not cut"
     for projection in (block.up, block.gate):

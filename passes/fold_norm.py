@@ -23,7 +23,7 @@ from .base import Context, Pass, PassResult, Refused
 from .bias_rules import add_to_bias
 from .norm_fusion import is_fused
 from .scaled import scaled_weight
-from .sharing import is_free, is_shared
+from .sharing import is_free, is_shared, shows_inside
 
 Array = npt.NDArray[Any]
 _LARGEST = 1e4
@@ -115,6 +115,8 @@ def _readers(graph: gs.Graph, tensor: gs.Tensor, depth: int = 4) -> list[Linear]
             return None
         linear = read_linear(reader)
         if linear is not None and linear.input is tensor:
+            if shows_inside(graph, linear):
+                return None
             found.append(linear)
             continue
         if depth == 0 or reader.op not in ("Reshape", "Identity") or is_output(graph, reader.outputs[0]):

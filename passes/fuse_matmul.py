@@ -20,6 +20,7 @@ from ..graph.types import FLOATS, numpy_type
 from ..graph.weights import ComputedValues
 from .base import Context, Pass, PassResult, Refused
 from .cost import released_bytes
+from .sharing import shows_inside
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +86,7 @@ def _fuse_graph(model: Model, path: str, graph: gs.Graph) -> tuple[int, list[Ref
 
 def _pair(graph: gs.Graph, second: Linear, linears: dict[int, Linear]) -> _Pair | None:
     """The linear that feeds ``second`` through nothing but constants, if the values between are read by nobody else."""
-    if second.axis != -1:
+    if second.axis != -1 or shows_inside(graph, second):
         return None
     scale: Array | None = None
     shift: Array | None = None
@@ -95,7 +96,9 @@ def _pair(graph: gs.Graph, second: Linear, linears: dict[int, Linear]) -> _Pair 
             return None
         first = linears.get(id(tensor))
         if first is not None:
-            return _Pair(first, second, scale, shift) if first.axis == -1 and first.d_out == second.d_in else None
+            if first.axis != -1 or first.d_out != second.d_in or shows_inside(graph, first):
+                return None
+            return _Pair(first, second, scale, shift)
         node = producer(tensor)
         if node is None or node.op not in ("Add", "Sub", "Mul", "Div", "Identity") or node.domain:
             return None

@@ -1,4 +1,4 @@
-"""Whether a weight belongs to one reader alone, so that a rewrite of it unties nothing."""
+"""Whether a weight, or a value inside a linear, belongs to one reader alone, so that a rewrite of it reaches nothing else."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from ..graph.linear import Linear
 def is_shared(linear: Linear) -> bool:
     """Whether anything but ``linear`` reads its weight, on the whole way from where it is stored."""
     return is_read_elsewhere(linear.node, 1)
+
+
+def shows_inside(graph: gs.Graph, linear: Linear) -> bool:
+    """Whether a value between the nodes of ``linear`` is an output of ``graph``: its product without its bias, say."""
+    values = (tensor for node in linear.nodes for tensor in node.outputs)
+    return any(tensor is not linear.output and is_output(graph, tensor) for tensor in values)
 
 
 def is_free(source: gs.Tensor) -> bool:

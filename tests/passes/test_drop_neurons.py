@@ -316,6 +316,20 @@ def test_a_hidden_value_that_is_read_elsewhere_stays(tmp_path):
     assert width(model) == FF
 
 
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_product_without_its_bias_that_is_an_output_stays(tmp_path, which):
+    block = Block("gelu")
+    block.down[3] = 0
+    block.up[:, 4] = 0
+    s = block.model()
+    products = [node.output[0] for node in s.nodes if node.op_type == "MatMul"]
+    s.output(products[which])
+    model, result = drop(s, tmp_path)
+    assert result.fired == 0
+    assert "read elsewhere" in result.refused[0].reason
+    assert drift(run(s.model(), X), run(model, X)) < 1e-6
+
+
 def test_a_width_written_into_a_reshape_stays(tmp_path):
     s = Sketch()
     down = s.numbers(FF, D)

@@ -232,6 +232,16 @@ def test_a_sum_that_a_linear_and_something_else_read_stays(tmp_path):
     stays(s, tmp_path)
 
 
+@pytest.mark.parametrize("ahead", ["Add", "norm"])
+def test_a_product_without_its_bias_that_is_an_output_stays(tmp_path, ahead):
+    """It would miss what is moved behind it."""
+    s, x = sketch()
+    value = s.op("Add", x, s.weight(s.numbers(D))) if ahead == "Add" else s.norm(x, D)
+    product = s.op("MatMul", value, s.weight(s.numbers(D, 6)), out=s.output("product"))
+    s.op("Add", product, s.weight(s.numbers(6)), out=s.output("y"))
+    stays(s, tmp_path, None if ahead == "Add" else "another consumer")
+
+
 def test_a_linear_without_a_bias_gets_none(tmp_path):
     s, x = sketch()
     s.op("Relu", s.linear(s.op("Add", x, s.weight(s.numbers(D))), D, 6, bias=False), out=s.output("y"))

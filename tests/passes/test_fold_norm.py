@@ -143,6 +143,14 @@ def test_another_consumer_keeps_the_norm(tmp_path):
     refused(s, tmp_path, "another consumer")
 
 
+def test_a_product_without_its_bias_that_is_an_output_keeps_the_norm(tmp_path):
+    """It would miss the shift."""
+    s, x = sketch()
+    product = s.op("MatMul", s.norm(x, D), s.weight(s.numbers(D, 6)), out=s.output("product"))
+    s.op("Add", product, s.weight(s.numbers(6)), out=s.output("y"))
+    refused(s, tmp_path, "another consumer")
+
+
 def test_a_norm_that_is_an_output_stays(tmp_path):
     s, x = sketch()
     normed = s.norm(x, D)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..graph.errors import InputError
 from . import options
 from .base import Pass
+from .canonicalize_ffn import CanonicalizeFFN
 from .clean_up import CleanUp
 from .dedupe_weights import DedupeWeights
 from .drop_neurons import DropNeurons
@@ -18,7 +19,8 @@ from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, QuantizeFFN, RemoveFFN)}
+    CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, QuantizeFFN,
+    RemoveFFN)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

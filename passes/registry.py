@@ -15,11 +15,12 @@ from .fold_bias import FoldBias
 from .fold_norm import FoldNorm
 from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
+from .merge_linears import MergeLinears
 from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, QuantizeFFN,
+    CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, MergeLinears, QuantizeFFN,
     RemoveFFN)}
 
 

@@ -36,8 +36,8 @@ class Gate:
         Raises:
             BrokenByPass: it is not valid any more.
         """
-        proto, _ = model.to_proto()
         try:
+            proto, _ = model.to_proto()
             check_structure(proto.graph, model.path)
         except InputError as error:
             raise BrokenByPass(f"pass '{pass_name}' broke the graph: {error}") from error

@@ -3,58 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from .constant import integers
+from .constant import Folded, fold, integers
 from .edit import producer
 from .linear import Linear
+from .picked import picked
 from .shapes import ALIASES, turn_axis
 
 Selection = npt.NDArray[np.int64] | None
-Found = tuple[Linear, npt.NDArray[np.int64], list[gs.Node]]
 _DEPTH = 12
 
 
-def select(tensor: gs.Tensor, axis: int, width: int, linears: Mapping[int, Linear]) -> Found | None:
+@dataclass(frozen=True)
+class Cut:
+    """Columns of a linear that a value holds.
+
+    Attributes:
+        linear: where they come from.
+        columns: which, in order.
+        nodes: the nodes between the linear and the value, the first one first.
+        added: constants added on the way, and which numbers of them have come as far as the value.
+    """
+
+    linear: Linear
+    columns: npt.NDArray[np.int64]
+    nodes: list[gs.Node] = field(default_factory=list)
+    added: list[tuple[Folded, npt.NDArray[np.int64]]] = field(default_factory=list)
+
+    def behind(self, node: gs.Node, index: Any = None) -> Cut:
+        """The cut behind ``node``, which passes on what ``index`` picks, or everything."""
+        index = slice(None) if index is None else index
+        return Cut(self.linear, self.columns[index], [*self.nodes, node], [(each, kept[index]) for each, kept in self.added])
+
+    def constants(self) -> list[Folded]:
+        """What is added, cut as the value is."""
+        return [_chosen(folded, kept) for folded, kept in self.added]
+
+
+def _chosen(folded: Folded, kept: npt.NDArray[np.int64]) -> Folded:
+    return replace(folded, shape=(*folded.shape[:-1], len(kept)), load=lambda: np.ascontiguousarray(folded.load()[..., kept]),
+                   sources=[])
+
+
+def select(tensor: gs.Tensor, axis: int, width: int, linears: Mapping[int, Linear]) -> Cut | None:
     """The linear, the ``width`` columns of it that ``tensor`` holds, and the nodes that cut them out.
 
     None where ``tensor`` is not a proper choice of columns.
     """
-    found = _trace(tensor, axis, linears, _DEPTH)
-    if found is None:
+    cut = _trace(tensor, axis, linears, _DEPTH)
+    if cut is None or len(cut.columns) != width or not any(node.op in _CUTTERS for node in cut.nodes):
         return None
-    _, columns, nodes = found
-    if len(columns) != width or not nodes or all(node.op in ALIASES for node in nodes):
-        return None
-    return found
+    return cut
 
 
-def _trace(tensor: gs.Tensor, axis: int, linears: Mapping[int, Linear], depth: int) -> Found | None:
+def _trace(tensor: gs.Tensor, axis: int, linears: Mapping[int, Linear], depth: int) -> Cut | None:
     linear = linears.get(id(tensor))
     if linear is not None and linear.axis == axis:
-        return linear, np.arange(linear.d_out), []
+        return Cut(linear, np.arange(linear.d_out))
     node = producer(tensor)
-    if node is None or depth == 0 or node.op not in (*ALIASES, *_CUTTERS) or not node.inputs:
+    if node is None or depth == 0 or not node.inputs or node.domain not in (None, "", "ai.onnx"):
         return None
-    sequence = producer(node.inputs[0]) if node.op == "SequenceAt" else None
-    if node.op == "SequenceAt" and (sequence is None or sequence.op != "SplitToSequence"):
-        return None
-    found = _trace((sequence or node).inputs[0], turn_axis(node, axis), linears, depth - 1)
-    if found is None:
-        return None
-    linear, columns, nodes = found
-    if sequence is not None:
-        nodes = [*nodes, sequence]
-    if node.op in ALIASES:
-        if ALIASES[node.op](node, axis, len(columns)) is not None:
+    if node.op == "Add":
+        return _added(node, axis, linears, depth)
+    if node.op == "SequenceAt":
+        sequence = producer(node.inputs[0])
+        if sequence is None or sequence.op != "SplitToSequence":
             return None
-        return linear, columns, [*nodes, node]
-    index = _CUTTERS[node.op](node, tensor, axis, len(columns))
-    return None if index is None else (linear, columns[index], [*nodes, node])
+        cut = _trace(sequence.inputs[0], axis, linears, depth - 1)
+        index = _sequence_at(node, tensor, axis, len(cut.columns)) if cut is not None else None
+        return None if cut is None or index is None else cut.behind(sequence).behind(node, index)
+    if node.op not in ALIASES and node.op not in _CUTTERS:
+        return None
+    cut = _trace(node.inputs[0], turn_axis(node, axis), linears, depth - 1)
+    if cut is None:
+        return None
+    if node.op in ALIASES:
+        return cut.behind(node) if ALIASES[node.op](node, axis, len(cut.columns)) is None else None
+    index = _CUTTERS[node.op](node, tensor, axis, len(cut.columns))
+    return None if index is None else cut.behind(node, index)
+
+
+def _added(node: gs.Node, axis: int, linears: Mapping[int, Linear], depth: int) -> Cut | None:
+    """A bias between the linear and the place where it is cut, where it is not next to the linear."""
+    for value, other in (node.inputs, node.inputs[::-1]):
+        folded = fold(other) or picked(other)
+        if folded is None or axis != -1:
+            continue
+        cut = _trace(value, axis, linears, depth - 1)
+        if cut is None or not (cut.linear.quantized or cut.linear.experts != 1):
+            return None  # elsewhere a bias stands next to its linear
+        if folded.shape[-1:] != cut.columns.shape or folded.size != len(cut.columns):
+            return None
+        behind = cut.behind(node)
+        behind.added.append((folded, np.arange(len(cut.columns))))
+        return behind
+    return None
 
 
 def _is_feature_axis(given: int, axis: int, value: gs.Tensor) -> bool:

@@ -40,6 +40,7 @@ class Folded:
         nodes: the nodes between those and the value, outermost first.
         quantized: a DequantizeLinear is among them.
         overridable: it comes from an initializer that is also an input, so the caller may give another value.
+        experts: more than 1 where the value is one of so many along the first axis, chosen at run time (``picked.py``).
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,12 @@ class Folded:
     nodes: list[gs.Node] = field(default_factory=list)
     quantized: bool = False
     overridable: bool = False
+    experts: int = 1
+
+    @property
+    def size(self) -> int:
+        """Numbers in the value (in one of the experts' where it is packed)."""
+        return int(np.prod(self.shape, dtype=np.int64)) // max(self.experts, 1)
 
 
 def fold(tensor: gs.Tensor, depth: int = _DEPTH) -> Folded | None:

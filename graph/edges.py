@@ -14,12 +14,14 @@ import onnx_graphsurgeon as gs
 from .constant import fold
 from .edit import consumers, producer
 from .linear import Linear
+from .picked import picked
 from .pointwise import Array
 from .region import Region
 from .shapes import last_dimension
 
 _RANK_CHANGES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _SILENT = frozenset({"Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Reshape"})
+_SILENT_FOR_EXPERTS = _SILENT | {"Squeeze", "Unsqueeze"}
 
 
 @dataclass(eq=False)
@@ -68,20 +70,20 @@ def _behind(down: Linear) -> tuple[gs.Tensor, list[gs.Node], list[Callable[[], A
     """The output with a bias that is added behind silent operators, the nodes up to it, and that bias."""
     tensor = down.output
     passed: list[gs.Node] = []
-    if down.bias is not None or down.experts != 1:
+    if down.bias is not None:
         return down.output, [], []
     for _ in range(6):
         readers = consumers(tensor)
         if len(readers) != 1:
             break
         node = readers[0]
-        if node.op == "Add" and passed:
+        if node.op == "Add" and (passed or down.experts != 1):
             other = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
-            folded = fold(other) if other is not tensor else None
-            if folded is None or folded.shape[-1:] != (down.d_out,) or any(dim != 1 for dim in folded.shape[:-1]):
+            folded = (fold(other) or picked(other)) if other is not tensor else None
+            if folded is None or folded.shape[-1:] != (down.d_out,) or folded.size != down.d_out:
                 break
             return node.outputs[0], [*passed, node], [folded.load]
-        if node.op not in _SILENT or node.inputs[0] is not tensor:
+        if node.op not in (_SILENT if down.experts == 1 else _SILENT_FOR_EXPERTS) or node.inputs[0] is not tensor:
             break
         passed.append(node)
         tensor = node.outputs[0]

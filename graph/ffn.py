@@ -57,13 +57,13 @@ class Projection:
         return matrix if self.columns is None else np.ascontiguousarray(matrix[..., self.columns])
 
     def bias(self) -> Array | None:
-        """A fresh array ``[d_out]``, all constants added up, or None where there is none."""
+        """A fresh array ``[d_out]`` (``[experts, d_out]`` if packed), all constants added up, or None where there is none."""
         total: Array | None = None
         if self.linear.bias is not None:
             total = self.linear.bias()
             total = total if self.columns is None else total[self.columns]
         for extra in self.extra_bias:
-            addend = extra().reshape(-1)
+            addend = extra().reshape((-1,) if self.linear.experts == 1 else (self.linear.experts, -1))
             total = addend if total is None else (total + addend).astype(total.dtype)
         return total
 

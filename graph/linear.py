@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from .constant import Array, Folded, fold
 from .edit import consumers, producer
 from .nbits import dequantize_nbits
+from .picked import picked
 from .types import FLOATS
 
 MICROSOFT = "com.microsoft"
@@ -98,9 +99,9 @@ def _plain(node: gs.Node, x: gs.Tensor, weight: gs.Tensor, trans: bool, alpha: f
     folded = fold(weight)
     gathered = False
     if folded is None:
-        folded, gathered = _picked_at_run_time(weight), True
+        folded, gathered = picked(weight), True
     matrix = _matrix(folded, trans)
-    if matrix is None or folded is None:
+    if matrix is None or folded is None or (gathered and len(folded.shape) != 3):
         return None
     d_in, d_out, load = matrix
     experts = folded.shape[0] if len(folded.shape) == 3 else 1
@@ -116,19 +117,6 @@ def _weight_key(folded: Folded, weight: gs.Tensor, trans: bool) -> tuple[object,
     ops = tuple(node.op for node in folded.nodes)
     cut = id(weight) if {"Gather", "Slice"} & set(ops) else 0
     return (id(folded.sources[0]), ops, trans, cut)
-
-
-def _picked_at_run_time(tensor: gs.Tensor) -> Folded | None:
-    """The packed weight behind a Gather on its first axis whose indices are computed (experts chosen by a router)."""
-    node = producer(tensor)
-    while node is not None and node.op in ("Identity", "Cast"):
-        node = producer(node.inputs[0])
-    if node is None or node.op not in ("Gather", "GatherND") or int(node.attrs.get("axis", 0)) != 0:
-        return None
-    if node.attrs.get("batch_dims", 0):
-        return None
-    packed = fold(node.inputs[0])
-    return packed if packed is not None and len(packed.shape) == 3 else None
 
 
 def _matmul(node: gs.Node) -> Linear | None:

@@ -21,6 +21,7 @@ from .columns import Selection, select
 from .constant import Array, Folded, fold
 from .edit import producer
 from .linear import Linear
+from .picked import picked
 from .pointwise import CONTRIB_WITH_BIAS, FUSED, POINTWISE
 from .rejection import Refusal
 from .shapes import ALIASES, turn_axis
@@ -32,11 +33,19 @@ _REDUCTIONS = frozenset({"ReduceMean", "ReduceSumSquare", "ReduceL2"})
 
 @dataclass(eq=False)
 class Leaf:
-    """A value where a region begins: the output of a linear, or some of its columns."""
+    """A value where a region begins: the output of a linear, or some of its columns.
+
+    Attributes:
+        tensor: the value.
+        linear: what it comes from.
+        columns: which columns of that, None for all.
+        added: constants that were added before the columns were cut out, already cut.
+    """
 
     tensor: gs.Tensor
     linear: Linear
     columns: Selection = None
+    added: list[Folded] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -76,6 +85,8 @@ class Region:
         values: dict[int, Array] = {}
         for leaf, array in zip(self.leaves, leaves, strict=True):
             start = np.asarray(array, np.float64)
+            for folded in [] if biased else leaf.added:
+                start = start + self._numbers(folded, neuron)
             fused = leaf.linear.fused_activation
             values[id(leaf.tensor)] = start if fused is None else FUSED[fused[0]](start, fused[1])
         with np.errstate(all="ignore"):
@@ -89,11 +100,7 @@ class Region:
                 return np.empty(0)
             if id(tensor) in values:
                 return values[id(tensor)]
-            array = self._constants[id(tensor)].load().astype(np.float64)
-            if array.size == self.width and self.width > 1:
-                array = array.reshape(-1) if neuron is None else array.reshape(-1)[neuron]
-            elif array.size == 1:
-                array = array.reshape(())
+            array = self._numbers(self._constants[id(tensor)], neuron)
             return np.zeros_like(array) if biased and (id(node), index) in self._bias_values else array
 
         if node.op in ALIASES or node.op in NORMS or node.op == "Transpose":
@@ -104,6 +111,15 @@ class Region:
             return np.ones(()) if centred or node.op != "ReduceMean" else np.zeros(())
         function = POINTWISE[(node.domain or "", node.op)]
         return function([read(index, tensor) for index, tensor in enumerate(node.inputs)], node.attrs)
+
+    def _numbers(self, folded: Folded, neuron: int | None) -> Array:
+        """A constant as it stands in the equation: of the first expert, and of one neuron where only that is asked for."""
+        array = folded.load().astype(np.float64)
+        if folded.experts != 1:
+            array = array[0]
+        if array.size == self.width and self.width > 1:
+            return array.reshape(-1) if neuron is None else array.reshape(-1)[neuron]
+        return array.reshape(()) if array.size == 1 else array
 
 
 class Walker:
@@ -121,6 +137,7 @@ class Walker:
         """The region that feeds ``down``, or why there is none."""
         region = Region(down.input, down.d_in)
         constants: dict[int, Folded] = {}
+        names: dict[int, str] = {}
         axes: dict[int, int] = {}
         order: list[gs.Node] = []
         seen: set[int] = set()
@@ -137,9 +154,9 @@ class Walker:
             leaf = self._leaf(tensor, axis, down.d_in, region)
             if leaf:
                 continue
-            folded = fold(tensor)
+            folded = fold(tensor) or picked(tensor)
             if folded is not None:
-                constants[id(tensor)] = folded
+                constants[id(tensor)], names[id(tensor)] = folded, tensor.name
                 continue
             refusal = self._dead_ends.get(id(tensor)) or self._refuse(tensor, node, axis, down.d_in)
             if refusal is None and len(seen) > _LARGEST:
@@ -157,9 +174,8 @@ class Walker:
                 if value.name:
                     pending.append((value, turn_axis(node, axis), False))
         for key, folded in constants.items():
-            if int(np.prod(folded.shape, dtype=np.int64)) not in (0, 1, down.d_in):
-                name = next(tensor.name for node in order for tensor in node.inputs if id(tensor) == key)
-                return Refusal(name, "a constant that is not one number, or one for each neuron", len(region.leaves))
+            if folded.size not in (0, 1, down.d_in):
+                return Refusal(names[key], "a constant that is not one number, or one for each neuron", len(region.leaves))
         region.steps = _sorted(order)
         region._constants = constants
         cutters: list[gs.Node] = [node for node in region.nodes if id(node) not in seen]
@@ -169,15 +185,18 @@ class Walker:
         return region
 
     def _leaf(self, tensor: gs.Tensor, axis: int, width: int, region: Region) -> bool:
-        linear, columns = self._linears.get(id(tensor)), None
-        cutters: list[gs.Node] = []
-        if linear is None or linear.axis != axis or linear.d_out != width:
-            chosen = select(tensor, axis, width, self._linears)
-            if chosen is None:
-                return False
-            linear, columns, cutters = chosen
-        region.leaves.append(Leaf(tensor, linear, columns))
-        region.nodes += [node for node in cutters if all(node is not other for other in region.nodes)]
+        linear = self._linears.get(id(tensor))
+        if linear is not None and linear.axis == axis and linear.d_out == width:
+            region.leaves.append(Leaf(tensor, linear))
+            return True
+        cut = select(tensor, axis, width, self._linears)
+        if cut is None:
+            return False
+        added = cut.constants()
+        if added:
+            region.biases[len(region.leaves)] = added
+        region.leaves.append(Leaf(tensor, cut.linear, cut.columns, added))
+        region.nodes += [node for node in cut.nodes if all(node is not other for other in region.nodes)]
         return True
 
     def _refuse(self, tensor: gs.Tensor, node: gs.Node | None, axis: int, width: int) -> Refusal | None:
@@ -211,7 +230,7 @@ class Walker:
                 other = node.inputs[1 - index] if len(node.inputs) == 2 else None
                 if other is not None and id(value) in constants and id(other) in starts:
                     folded = constants[id(value)]
-                    if int(np.prod(folded.shape)) == region.width and region.width > 1:
+                    if folded.size == region.width and region.width > 1:
                         region.biases.setdefault(starts[id(other)], []).append(folded)
                         region._bias_values.add((id(node), index))
 

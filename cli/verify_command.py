@@ -11,11 +11,13 @@ from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.model import Model
-from ..passes.per_block import shared_block_outputs
-from ..runtime import compare, load_feeds, parse_limit, synthetic_feeds
+from ..passes.verification import Check, verify_files
+from ..runtime import load_feeds, parse_limit, synthetic_feeds
 from ..runtime.specs import input_specs
 from . import options
 from .output import console, emit, placement, progress, say
+
+_METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "sqnr_db", "kl_mean", "top1")
 
 
 @click.command("verify")
@@ -29,7 +31,7 @@ from .output import console, emit, placement, progress, say
 @options.threads()
 @options.logits()
 @options.max_drift()
-@click.option("--per-block", is_flag=True, help="Also the output of each FFN block that both models have.")
+@click.option("--per-block", is_flag=True, help="Also the drift that each FFN block causes alone, and what it adds in the chain.")
 @options.as_json()
 def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool, provider: str, use_tf32: bool,
             allow_cpu: bool, threads: int | None, logits: tuple[str, ...], max_drift: tuple[str, ...], per_block: bool,
@@ -40,29 +42,23 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
     missed, 2 when CUDA was asked for and nodes that compute fell back to the CPU.
     """
     limits = [parse_limit(text) for text in max_drift]
-    model, other = Model.load(reference), Model.load(candidate)
+    model = Model.load(reference)
+    Model.load(candidate)
     specs = input_specs(model)
     if data is None and not synthetic:
         raise InputError("there is nothing to compare on: give real inputs with --data FEEDS, or --synthetic")
     feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(specs, model=model, count=4)
-    blocks = shared_block_outputs(model, other) if per_block else {}
+    check = Check(reference, candidate, feeds, per_block=per_block, provider=provider, threads=threads, use_tf32=use_tf32,
+                  allow_cpu=allow_cpu, logits=logits, limits=limits)
     with progress(as_json) as tell:
-        drift = compare(reference, candidate, feeds, provider=provider, threads=threads, logits=logits, limits=limits,
-                        use_tf32=use_tf32, allow_cpu=allow_cpu,
-                        progress=lambda done, total: tell(f"feed {done} of {total}"))
-        inner = None
-        if blocks:
-            tell("comparing block by block")
-            inner = compare(reference, candidate, feeds, provider=provider, threads=threads, outputs=list(blocks.values()),
-                            use_tf32=use_tf32, allow_cpu=allow_cpu)
-    result: dict[str, Any] = drift.to_json()
-    if per_block:
-        outputs = inner.to_json()["outputs"] if inner is not None else {}
-        result["blocks"] = [{"block": index, "value": name, **outputs[name]} for index, name in blocks.items()]
+        found = verify_files(check, tell)
+    drift, result = found.drift, found.to_json()
     if as_json:
         emit(result)
     else:
         _show(result, reference, candidate)
+    if found.overflow is not None:
+        click.echo(f"ffnfold: {found.overflow}", err=True)
     for sentence in drift.missed:
         click.echo(f"ffnfold: {sentence}", err=True)
     if not drift:
@@ -77,12 +73,33 @@ def _show(result: dict[str, Any], reference: Path, candidate: Path) -> None:
             say(f"{which}: {placement(result['cuda'][which])}")
     table = Table(Column("value", overflow="fold"), "cosine mean", "min", "rel. error", "max. error", "SQNR", "KL", "top-1")
     for name, metrics in result["outputs"].items():
-        table.add_row(name, *_cells(metrics))
-    for block in result.get("blocks", []):
-        table.add_row(f"block {block['block']}", *_cells(block))
+        table.add_row(name, *_numbers(metrics, *_METRICS))
     console.print(table)
+    if "blocks" in result:
+        _show_blocks(result)
 
 
-def _cells(metrics: dict[str, Any]) -> list[str]:
-    keys = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "sqnr_db", "kl_mean", "top1")
+def _show_blocks(result: dict[str, Any]) -> None:
+    """The blocks, the one that does most damage alone first."""
+    say(f"per block, on {result['block_samples']} of the feeds; each output's relative error, worst output, most damage first")
+    table = Table("rank", "block", Column("name", overflow="fold"), "alone", "cosine", "KL", "chain", "adds", "at the block")
+    compared = [each for each in result["blocks"] if each["rank"] is not None]
+    for each in sorted(compared, key=lambda entry: entry["rank"]):
+        alone = _numbers(_worst(each["alone"]), "rel_l2", "cosine_mean", "kl_mean")
+        added = max((size for size in each["added"].values() if size is not None), default=None)
+        chain = _numbers(_worst(each["chain"]), "rel_l2")
+        table.add_row(str(each["rank"]), f"block {each['block']}", each["name"], *alone, *chain,
+                      "–" if added is None else f"{added:+.4g}", *_numbers(each, "rel_l2"))
+    console.print(table)
+    for each in result["blocks"]:
+        if each["rank"] is None:
+            say(f"  block {each['block']} was left out: {each['reason']}")
+
+
+def _worst(outputs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of the output that moved most; an output that is not finite any more first."""
+    return max(outputs.values(), key=lambda metrics: float("inf") if metrics["rel_l2"] is None else metrics["rel_l2"])
+
+
+def _numbers(metrics: dict[str, Any], *keys: str) -> list[str]:
     return ["–" if metrics.get(key) is None else f"{metrics[key]:.6g}" for key in keys]

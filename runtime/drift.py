@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .limits import LOGITS_METRICS, LOWER, Limit
 from .metrics import Metrics, OutputMetrics
 from .padding import Padding
 from .sessions import Session, Source, open_session
+from .turns import one_at_a_time, side_by_side
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Drift:
 def compare(reference: Source | Session, candidate: Source | Session, feeds: Feeds, *, provider: str = "cpu",
             threads: int | None = None, logits: Sequence[str] = (), limits: Sequence[Limit] = (),
             outputs: Sequence[str] | None = None, use_tf32: bool = False, allow_cpu: bool = False,
-            progress: Callable[[int, int], None] | None = None) -> Drift:
+            lean: bool = False, progress: Callable[[int, int], None] | None = None) -> Drift:
     """Run both models on every feed and measure how far each output moved. No output is kept.
 
     Args:
@@ -69,6 +71,7 @@ def compare(reference: Source | Session, candidate: Source | Session, feeds: Fee
         outputs: values to compare instead of the outputs; they may lie inside the main graph of both models.
         use_tf32: whether CUDA may round float32 operands of MatMul to TF32.
         allow_cpu: accept nodes that compute on the CPU though CUDA was asked for.
+        lean: on the CPU, keep memory down at the cost of time: one of the two models at a time, no second copy of its weights.
         progress: called after each feed with how many are done and how many there are.
 
     Raises:
@@ -77,15 +80,21 @@ def compare(reference: Source | Session, candidate: Source | Session, feeds: Fee
     """
     if not len(feeds):
         raise InputError("there are no feeds to compare on: give some with --data, or --synthetic")
-    ours = _opened(reference, provider, threads, outputs, use_tf32)
-    theirs = _opened(candidate, provider, threads, outputs, use_tf32)
+    lean = lean and provider == "cpu" and not isinstance(reference, Session) and not isinstance(candidate, Session)
+    open_ours, open_theirs = (partial(_opened, source, provider, threads, outputs, use_tf32, lean)
+                              for source in (reference, candidate))
+    ours, theirs = open_ours(), open_theirs()
     names, skipped = _compared(ours, theirs, outputs)
     chosen = _logits(names, logits)
     bounds = _bounds(limits, ours, names, chosen)
     metrics = {name: OutputMetrics(name in chosen) for name in names}
-    for done, feed in enumerate(feeds, 1):
+    if lean:
+        ours.close()
+        theirs.close()
+    runs = (one_at_a_time(open_ours, open_theirs, feeds, names) if lean
+            else side_by_side(ours, theirs, feeds, names))
+    for done, (feed, first, second) in enumerate(runs, 1):
         padding = Padding(feed)
-        first, second = ours.run(feed, names), theirs.run(feed, names)
         if done == 1 and not allow_cpu:
             ours.check_placement()
             theirs.check_placement()
@@ -103,10 +112,10 @@ def compare(reference: Source | Session, candidate: Source | Session, feeds: Fee
 
 
 def _opened(source: Source | Session, provider: str, threads: int | None, outputs: Sequence[str] | None,
-            use_tf32: bool) -> Session:
+            use_tf32: bool, lean: bool) -> Session:
     if isinstance(source, Session):
         return source
-    return open_session(source, provider=provider, threads=threads, outputs=tuple(outputs or ()), use_tf32=use_tf32,
+    return open_session(source, provider=provider, threads=threads, outputs=tuple(outputs or ()), use_tf32=use_tf32, lean=lean,
                         trace=provider != "cpu")
 
 

@@ -73,6 +73,10 @@ class Session:
         if complaint is not None:
             raise InputError(f"{self.name}: {complaint}")
 
+    def close(self) -> None:
+        """Give back its memory; only ``inputs`` and ``outputs`` can be asked for then."""
+        self.raw, self._held = None, ()
+
     def run(self, feed: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
         """Run once.
 

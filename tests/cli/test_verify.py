@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
-from contract import METRICS, VERIFY
+from contract import BLOCK_DRIFT, METRICS, VERIFY
 from ffn_graphs import Sketch
 
 
@@ -77,10 +78,38 @@ def test_logits_by_another_name(cli, model, quantized, feeds):
 def test_per_block_adds_one_entry_a_block(cli, model, feeds):
     cli("optimize", model, "-o", "out.onnx", "-p", "quantize-ffn:blocks=1")
     found = cli("verify", model, "out.onnx", "--data", feeds, "--per-block", "--json").json
-    assert [each["block"] for each in found["blocks"]] == [0, 1, 2]
-    assert found["blocks"][0]["max_abs"] == 0
-    assert found["blocks"][1]["max_abs"] > 0
-    assert "block 1" in cli("verify", model, "out.onnx", "--data", feeds, "--per-block").out
+    assert list(found) == [*VERIFY, "block_samples", "blocks"]
+    assert (found["samples"], found["block_samples"]) == (12, 4)
+    blocks = found["blocks"]
+    assert [each["block"] for each in blocks] == [0, 1, 2]
+    assert all(list(each) == BLOCK_DRIFT for each in blocks)
+    assert all(list(each[where]["y"]) == METRICS for each in blocks for where in ("alone", "chain"))
+    assert blocks[0]["max_abs"] == 0
+    assert blocks[1]["max_abs"] > 0
+    assert [each["rank"] for each in blocks] == [2, 1, 3]
+    assert blocks[1]["added"]["y"] == blocks[1]["alone"]["y"]["rel_l2"] > 0
+
+
+def test_the_table_of_blocks_has_the_worst_first(cli, model, feeds):
+    cli("optimize", model, "-o", "out.onnx", "-p", "quantize-ffn:blocks=1+2", "-p", "remove-ffn:blocks=2,keep=nothing")
+    lines = cli("verify", model, "out.onnx", "--data", feeds, "--per-block").out.splitlines()
+    places = [next(number for number, line in enumerate(lines) if f"block {index}" in line) for index in (2, 1, 0)]
+    assert places == sorted(places)
+
+
+def test_numbers_that_overflow_are_called_out(cli, folder):
+    for name, kind in (("single", onnx.TensorProto.FLOAT), ("half", onnx.TensorProto.FLOAT16)):
+        s = Sketch()
+        narrow = s.op("Cast", s.input("x", ["n", 4]), to=kind)
+        squared = s.op("Mul", narrow, narrow, name="/attention/square")
+        s.op("Cast", s.op("Mul", squared, squared, out=s.output("z", ["n", 4], kind)), to=1, out=s.output("y", ["n", 4]))
+        s.save(folder / f"{name}.onnx")
+    np.savez(folder / "x.npz", x=np.full((1, 4), 300, np.float32))
+    outcome = cli("verify", "single.onnx", "half.onnx", "--data", "x.npz", "--json")
+    found = outcome.json["first_nonfinite"]
+    assert (found["op"], found["feed"], found["largest_input"], found["reaches_output"]) == ("Mul", 0, 300, True)
+    assert found["node"] == "/attention/square"
+    assert "Mul node '/attention/square' is the first whose numbers are not finite" in outcome.err
 
 
 def test_synthetic_feeds_are_labelled(cli, model, quantized):

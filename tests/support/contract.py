@@ -3,6 +3,7 @@
 METRICS = ["max_abs", "mean_abs", "rel_l2", "sqnr_db", "cosine_mean", "cosine_p5", "cosine_min", "kl_mean", "top1", "top5",
            "nonfinite"]
 VERIFY = ["provider", "feeds", "samples", "ok", "outputs"]
+BLOCK_DRIFT = ["block", "name", "value", *METRICS, "alone", "chain", "added", "rank"]
 OPTIMIZE = ["model", "output", "plan", "passes", "bytes", "feeds", "drift", "speed", "ok"]
 PASS = ["name", "exact", "fired", "refused", "seconds"]
 BENCH = ["machine", "provider", "models", "ratios"]

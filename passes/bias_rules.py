@@ -16,7 +16,6 @@ from ..graph.edit import (
     producer,
     remove_dead,
     replace_uses,
-    set_input,
     set_inputs,
     substitute,
     take_over,
@@ -25,10 +24,11 @@ from ..graph.linear import Linear, read_linear
 from ..graph.model import Model
 from ..graph.types import FLOATS
 from .base import Refused
+from .linear_bias import add_to_bias, bias_growth, freed_bytes, takes_bias
 from .sharing import shows_inside
 
 Array = npt.NDArray[Any]
-_LARGEST = 1e4  # constants above this (masks, rounding tricks) are left alone: reordering such a sum rounds
+LARGEST = 1e4  # constants above this (masks, rounding tricks) are left alone: reordering such a sum rounds
 _MOST = 1 << 22  # elements of a constant that is looked at
 
 
@@ -96,6 +96,8 @@ def into_following_linear(model: Model, graph: gs.Graph, node: gs.Node) -> bool 
     reason = _unfit(a)
     if reason is not None:
         return Refused(reason, node.outputs[0].name) if reason else False
+    if bias_growth(linears) > freed_bytes(node, 0 if node.inputs[1] is x else 1):
+        return Refused("a bias is shared, so that the file would grow", node.outputs[0].name)
     last = x.shape[-1] if x.shape else None
     source = producer(x)
     if last != linears[0].d_in and (source is None or read_linear(source) is None) and width == 1:
@@ -163,6 +165,8 @@ def norm_shift(model: Model, graph: gs.Graph, node: gs.Node) -> bool | Refused:
     reason = _unfit(shift)
     if reason is not None:
         return Refused(reason, output.name) if reason else False
+    if bias_growth(linears) > freed_bytes(node, 2):
+        return Refused("a bias is shared, so that the file would grow", output.name)
     vector = shift.load().astype(np.float64)
     for linear in linears:
         add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
@@ -214,7 +218,7 @@ def _unfit(*constants: Folded) -> str | None:
         if constant.overridable:
             return "a constant is an input that the caller may override"
         top = np.abs(constant.load().astype(np.float64)).max(initial=0)
-        if not top <= _LARGEST:
+        if not top <= LARGEST:
             return "a constant is so large that another order of adding would round"
     return None
 
@@ -248,33 +252,6 @@ def _linear_readers(graph: gs.Graph, tensor: gs.Tensor) -> list[Linear] | None:
             return None
         found.append(linear)
     return found or None
-
-
-def takes_bias(linear: Linear, width: int) -> bool:
-    """Whether something can be added to the bias of ``linear`` without another node."""
-    if linear.quantized or linear.experts != 1 or linear.gathered or linear.axis != -1 or linear.overridable:
-        return False
-    if width not in (1, linear.d_in) or linear.kind not in ("MatMul", "Gemm", "FusedMatMul"):
-        return False
-    if linear.fused_activation is not None:
-        return False
-    return linear.bias is not None or linear.kind == "Gemm"
-
-
-def add_to_bias(model: Model, graph: gs.Graph, linear: Linear, extra: Array) -> None:
-    """``b ← b + extra`` in the bias of ``linear``, or in a new one of its Gemm. ``extra``: ``[d_out]``, float64."""
-    build = Builder(model, graph, linear.node.name or "fold_bias", linear.onnx_type)
-    total = extra if linear.bias is None else linear.bias().astype(np.float64) + extra
-    last = linear.nodes[-1]
-    if last.op == "Add" and last is not linear.node:
-        index = 0 if fold(last.inputs[0]) is not None else 1
-        leading = len(fold(last.inputs[index]).shape) - 1  # type: ignore[union-attr]
-        set_input(last, index, build.constant(total.reshape(*[1] * leading, -1), "folded_bias"))
-        return
-    constant = build.constant(total, "folded_bias")
-    if "beta" in linear.node.attrs:
-        linear.node.attrs["beta"] = 1.0
-    set_inputs(linear.node, [*linear.node.inputs[:2], constant])
 
 
 def _rank_two(x: gs.Tensor) -> bool:

@@ -19,7 +19,7 @@ from ..graph.model import Model
 from ..graph.norm import read_norm
 from ..graph.shapes import last_dimension
 from .base import Context, Pass, PassResult, Refused
-from .bias_rules import add_to_bias
+from .linear_bias import add_to_bias, is_fixed
 from .neuron_range import Range, follow
 from .neuron_weights import Indices, NeuronWeight, bound
 from .sharing import is_read_elsewhere, is_shared, shows_inside
@@ -122,6 +122,8 @@ def _reason_against(block: FFNBlock) -> str | None:
     for linear in block.linears():
         if shows_inside(block.graph, linear):
             return "its intermediate value is read elsewhere"
+        if not is_fixed(linear):
+            return "a bias is an input that the caller may override"
         if linear.bias is not None and _bias_at(linear) is None:
             return "a bias is of a form that is not cut"
     for projection in (block.up, block.gate):

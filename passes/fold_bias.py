@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
@@ -11,6 +12,7 @@ import onnx_graphsurgeon as gs
 from ..graph.model import Model
 from . import bias_rules
 from .base import Context, Pass, PassResult, Refused
+from .value_bias import fold_value_bias
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class FoldBias(Pass):
         x W + b, x of rank 2 →  Gemm(x, W, b)
         Gemm(x, W, c) + b    →  Gemm(x, W, c + b);      Conv(x, W, c) + b likewise
         norm(x; γ, β)        →  norm(x; γ), and β W into the bias of every linear that reads it
+        softmax(S) (x V + b) W + c  →  softmax(S) (x V) W + (b W + c)      as the rows of a softmax sum to 1
 
     The sums are taken in float64, so results differ by rounding only.
 
@@ -39,11 +42,12 @@ class FoldBias(Pass):
         """Apply every rule in turn until none fires."""
         fired = 0
         refused: dict[tuple[str, str], Refused] = {}
-        for _, graph in model.graphs():
+        for path, graph in model.graphs():
+            rules = (*_RULES, partial(fold_value_bias, context=context)) if path == "main" else _RULES
             changed = True
             while changed:
                 changed = False
-                for rule in _RULES:
+                for rule in rules:
                     for node in list(graph.nodes):
                         if not node.outputs:
                             continue  # removed meanwhile

@@ -20,7 +20,7 @@ from ..graph.shapes import last_dimension
 from ..graph.types import numpy_type
 from ..graph.weights import InlineValues
 from .base import Context, Pass, PassResult, Refused
-from .bias_rules import add_to_bias
+from .linear_bias import add_to_bias, is_fixed
 from .norm_fusion import is_fused
 from .scaled import scaled_weight
 from .sharing import is_free, is_shared, shows_inside
@@ -139,6 +139,8 @@ def _reason_against(norm: Norm, linears: list[Linear]) -> str | None:
             return "a linear that reads the norm is quantized"
         if linear.overridable or norm.scale.overridable or (norm.shift is not None and norm.shift.overridable):
             return "a weight is an input that the caller may override"
+        if shifted and not is_fixed(linear):
+            return "a bias is an input that the caller may override"
         if linear.onnx_type not in _WIDE or norm.scale.onnx_type not in _WIDE:
             return "weights of 16 bits would be rounded anew"
         if is_shared(linear):

@@ -80,7 +80,8 @@ class Placement:
         hint = ("it was quantized for a CPU: for CUDA quantize the weights only (quantize-ffn:form=weight-only)"
                 if names.keys() & _CPU_INT8 else
                 "CUDA has no kernel for these operators in these types: use others")
-        return (f"{len(self.stranded)} nodes that compute fell back to the CPU, with {self.copies} copies between the two: "
+        several = "s that compute" if len(self.stranded) > 1 else " that computes"
+        return (f"{len(self.stranded)} node{several} fell back to the CPU, with {self.copies} copies between it and CUDA: "
                 f"{listed}: {hint}, or allow it (--allow-cpu-nodes)")
 
 

@@ -1,0 +1,76 @@
+"""Every pass on the CUDA provider: fitted there, run there, no node left behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_models import everything, write_x
+from ffn_graphs import drift
+from ffnfold.graph.model import Model
+from ffnfold.passes.plan import Plan
+from ffnfold.passes.registry import PASSES
+from ffnfold.passes.runner import run_plan
+from ffnfold.runtime import capture, load_feeds, open_session
+from ffnfold.runtime.specs import input_specs
+
+EXAMPLES = {"canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["clean-up"], "dedupe-weights": ["dedupe-weights"],
+            "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
+            "fuse-matmul": ["fuse-matmul"], "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=neuron,blocks=2"],
+            "merge-linears": ["merge-linears:force=true"], "quantize-ffn": ["quantize-ffn:form=weight-only"],
+            "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output"], "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"]}
+NOT_IN_HALF = {"fold-norm"}  # it leaves weights of 16 bits alone, which would be rounded anew
+TOLERANCE = {"float32": 2e-4, "float16": 1e-2}
+
+
+def test_there_is_an_example_of_every_pass():
+    assert set(PASSES) <= set(EXAMPLES), "add an example of the new pass, so that it is tried on CUDA"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("text", [text for name in PASSES for text in EXAMPLES.get(name, [])])
+def test_a_pass_on_cuda(tmp_path, provider, dtype, text):
+    path = everything(dtype).save(tmp_path / "model.onnx")
+    model = Model.load(path)
+    feeds = load_feeds(write_x(tmp_path / "feeds", 40, dtype), input_specs(model))
+    plan = Plan.parse([text])
+    [result] = run_plan(model, plan, fit=feeds[:30], choose=feeds[30:36], provider=provider)
+    assert result.fired or (text in NOT_IN_HALF and dtype == np.float16), result.refused
+    model.save(tmp_path / "rewritten.onnx")
+    before, after = (open_session(tmp_path / name, provider=provider, trace=True) for name in ("model.onnx", "rewritten.onnx"))
+    on_cpu = open_session(tmp_path / "rewritten.onnx")
+    for feed in feeds[36:]:
+        given = after.run(feed)
+        assert np.isfinite(given["y"]).all()
+        moved = drift(before.run(feed), given)
+        assert moved < (TOLERANCE[dtype.name] if result.exact else 0.9)
+        assert result.exact or moved > 0
+        assert drift(on_cpu.run(feed), given) < TOLERANCE[dtype.name] * (1 if result.exact else 5)
+    after.check_placement()
+    placement = after.placement()
+    assert placement is not None
+    assert placement.copies == 0
+    assert set(placement.by_provider) == {"CPUExecutionProvider" if provider == "cpu" else "CUDAExecutionProvider"}
+
+
+@pytest.mark.cuda
+def test_values_captured_on_cuda_are_those_of_the_cpu(model, feeds, provider):
+    loaded = Model.load(model)
+    used = load_feeds(feeds, input_specs(loaded))[:3]
+    name = next(node.outputs[0].name for node in loaded.graph.nodes if node.op == "MatMul")
+    pairs = list(zip(capture(loaded, used, [name], provider=provider), capture(loaded, used, [name]), strict=True))
+    assert len(pairs) == 3
+    for there, here in pairs:
+        np.testing.assert_allclose(there[name], here[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_weight_only_int8_runs_in_its_own_kernel(model, tmp_path):
+    loaded = Model.load(model)
+    run_plan(loaded, Plan.parse(["quantize-ffn:form=weight-only"]), provider="cuda")
+    session = open_session(loaded, provider="cuda", trace=True)
+    session.run({"x": np.ones((1, 1, 64), np.float32)})
+    placement = session.placement()
+    assert placement is not None
+    operators = [node.op for node in placement.nodes]
+    assert operators.count("MatMulNBits") == 7
+    assert "DequantizeLinear" not in operators

@@ -11,7 +11,7 @@ from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import is_output, producer, remove_dead, take_over
 from ..graph.linear import Linear
-from .canonical_weights import CanonicalWeights, Order, is_in_place, is_turned, picking_node
+from .canonical_weights import CanonicalWeights, Order, is_in_place, is_turned, picking_nodes
 
 _GEMM = ("Gemm", "FusedGemm")
 _CONV = ("Conv", "FusedConv")
@@ -22,8 +22,6 @@ def is_canonical(linear: Linear) -> bool:
     """Whether ``linear`` is in its canonical form already."""
     node = linear.node
     if linear.kind not in ("MatMul", *_GEMM, *_CONV) or not is_in_place(linear):
-        return False
-    if linear.gathered and producer(node.inputs[0 if is_turned(linear) else 1]) is not picking_node(linear):
         return False
     return linear.kind not in _GEMM or (float(node.attrs.get("beta", 1.0)) == 1.0 and linear.nodes[-1] is node)
 
@@ -69,9 +67,9 @@ def product(build: Builder, linear: Linear, x: gs.Tensor, weight: gs.Tensor, ord
         bias = bias_tensor(build, linear, order)
         return build.op(linear.kind, x, weight, *([] if bias is None else [bias]), hint=hint, domain=linear.node.domain or "",
                         **attrs)
-    picking = picking_node(linear)
-    if picking is not None:
-        weight = build.op(picking.op, weight, *picking.inputs[1:], hint=f"{hint}_experts", **picking.attrs)
+    picking = picking_nodes(linear)
+    if picking:
+        weight = copy_nodes(build, picking, {id(picking[0].inputs[0]): weight})[id(picking[-1].outputs[0])]
     y = build.op("MatMul", *((weight, x) if is_turned(linear) else (x, weight)), hint=hint)
     bias = bias_tensor(build, linear, order)
     return y if bias is None else build.op("Add", y, bias, hint=f"{hint}_add")

@@ -141,11 +141,13 @@ def _is_plain(node: gs.Node, onnx_type: int) -> bool:
 
 
 def _leaf_biases(block: FFNBlock) -> list[gs.Tensor | None] | None:
-    """The constant that the region adds to each leaf, as it is stored; None where it is stored in another form."""
+    """The constant that the region adds to each leaf, as it is stored; None where it is stored in another form.
+
+    What was added before the columns of the leaf were cut out is in the leaf already."""
     found: list[gs.Tensor | None] = []
-    for number in range(len(block.region.leaves)):
-        folded = block.region.biases.get(number, [])
-        if len(folded) > 1 or any(each.nodes or not each.sources for each in folded):
+    for number, leaf in enumerate(block.region.leaves):
+        folded = [each for each in block.region.biases.get(number, []) if all(each is not other for other in leaf.added)]
+        if len(folded) > 1 or any(each.nodes or not each.sources or each.experts != 1 for each in folded):
             return None
         found.append(folded[0].sources[0] if folded else None)
     return found

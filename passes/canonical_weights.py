@@ -76,18 +76,18 @@ def is_in_place(linear: Linear) -> bool:
 
 def weight_tensor(linear: Linear) -> gs.Tensor:
     """The value that stands for the stored weight: what the node reads or, of packed experts, what they are picked from."""
-    node = picking_node(linear)
-    return node.inputs[0] if node is not None else linear.node.inputs[_index(linear)]
+    picking = picking_nodes(linear)
+    return picking[0].inputs[0] if picking else linear.node.inputs[_index(linear)]
 
 
-def picking_node(linear: Linear) -> gs.Node | None:
-    """The Gather that picks matrices of packed experts at run time."""
-    if not linear.gathered:
-        return None
-    node = producer(linear.node.inputs[_index(linear)])
-    while node is not None and node.op in ("Identity", "Cast"):
-        node = producer(node.inputs[0])
-    return node
+def picking_nodes(linear: Linear) -> list[gs.Node]:
+    """The Gather that picks matrices of packed experts at run time and what lies between it and the product; else none."""
+    found: list[gs.Node] = []
+    node = producer(linear.node.inputs[_index(linear)]) if linear.gathered else None
+    while node is not None:
+        found.insert(0, node)
+        node = producer(node.inputs[0]) if node.op not in ("Gather", "GatherND") else None
+    return found
 
 
 def is_turned(linear: Linear) -> bool:
@@ -100,19 +100,16 @@ def _index(linear: Linear) -> int:
 
 
 def _values(linear: Linear, order: Order) -> ComputedValues:
-    sizes = (linear.d_in, linear.d_out)
-    load = linear.weight
-    shape: tuple[int, ...] = sizes
-    if linear.kind in ("Conv", "FusedConv"):
-        shape = (linear.d_out, linear.d_in, *[1] * (-linear.axis - 1))
-    elif len(_folded(linear).shape) == 3:
-        packed = sizes[::-1] if is_turned(linear) else sizes
-        shape = (linear.experts, *packed)
+    load, shape = linear.weight, _folded(linear).shape
+    transposes = sum(node.op == "Transpose" for node in picking_nodes(linear))
+    swapped = (is_turned(linear) + transposes) % 2 == 1 or linear.kind in ("Conv", "FusedConv")
+    if not linear.gathered and linear.kind not in ("Conv", "FusedConv"):
+        sizes = (linear.d_in, linear.d_out)
+        shape = (*shape[:-2], *(sizes[::-1] if swapped else sizes))
 
     def compute() -> Array:
         matrix = load() if order is None else load()[..., order]
-        turned: Array = matrix.swapaxes(-1, -2) if is_turned(linear) else matrix.T if len(shape) > 3 or (
-            linear.kind in ("Conv", "FusedConv")) else matrix
+        turned: Array = matrix.swapaxes(-1, -2) if swapped else matrix
         return turned.reshape(shape)
 
     return ComputedValues(shape, linear.onnx_type, compute)
@@ -127,6 +124,8 @@ def _folded(linear: Linear) -> Folded:
 def _is_owned(group: list[Linear]) -> bool:
     """Whether the linears of ``group`` alone read the weight they share, all in the same way, and it may be replaced."""
     first = group[0]
+    if first.gathered and first.kind != "MatMul":
+        return False
     if first.source is None or first.overridable or first.quantized or not is_free(first.source):
         return False
     if any(linear.weight_key != first.weight_key or linear.weight_key is None for linear in group):
@@ -137,8 +136,7 @@ def _is_owned(group: list[Linear]) -> bool:
         folded = fold(weight_tensor(linear))
         if folded is None:
             return False
-        picking = picking_node(linear)
-        picked = [] if picking is None else [picking, *_casts(linear, picking)]
+        picked = picking_nodes(linear)
         allowed |= {id(node) for node in (*folded.nodes, *picked, linear.node)}
         values += [node.outputs[0] for node in (*folded.nodes, *picked)]
     if any(id(reader) not in allowed for value in values for reader in consumers(value)):
@@ -146,16 +144,6 @@ def _is_owned(group: list[Linear]) -> bool:
     sources = {id(source): source for source in _folded(first).sources}
     new = nbytes_of(_folded(first).shape, first.onnx_type)
     return new <= sum(source._values.nbytes for source in sources.values())
-
-
-def _casts(linear: Linear, picking: gs.Node) -> list[gs.Node]:
-    """The nodes between the Gather of packed experts and the product."""
-    found = []
-    node = producer(linear.node.inputs[_index(linear)])
-    while node is not None and node is not picking:
-        found.append(node)
-        node = producer(node.inputs[0])
-    return found
 
 
 def _hint(linear: Linear) -> str:

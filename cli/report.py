@@ -41,6 +41,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     size = report["bytes"]
     found.append(("size", f"{megabytes(size['before'])} → {megabytes(size['after'])} "
                           f"({size['after'] / size['before']:.3f} of it)"))
+    found += _equivalence(report["equivalence"])
     if report["drift"]:
         for name, metrics in report["drift"]["outputs"].items():
             shown = ", ".join(f"{key} {metrics[key]:.6g}" for key in _METRICS if metrics.get(key) is not None)
@@ -50,6 +51,27 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("speed-up", f"{speed['speedup']:.2f}× (95 % interval {speed['low']:.2f} to {speed['high']:.2f})"))
     found.append(("within limits", "yes" if report["ok"] else "NO"))
     return found
+
+
+def _equivalence(report: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What the exact passes changed in the graph, and how far that moved the outputs."""
+    if report is None:
+        return []
+    found = [("nodes (exact passes)", "{before} → {after}".format(**report["nodes"]))]
+    if report["executed"] is not None:
+        changed = ", ".join(f"{op} {counts['before']} → {counts['after']}" for op, counts in report["operators"].items())
+        found.append(("executed by ONNX Runtime", "{before} → {after}".format(**report["executed"])
+                      + (f" ({changed})" if changed else "")))
+    numbers = {kind: each for kind, each in report["differences"].items() if isinstance(each, float)}
+    if numbers:
+        worst = max(numbers, key=lambda kind: numbers[kind])
+        found.append(("largest difference", f"{numbers[worst]:.1e} of an output's largest number, on {worst} inputs "
+                                            f"({len(numbers)} kinds of inputs)"))
+    return found
+
+
+def _difference(value: float | str | None) -> str:
+    return "not taken by the model" if value is None else value if isinstance(value, str) else f"{value:.1e}"
 
 
 def refusals(report: dict[str, Any]) -> list[tuple[str, str, int]]:
@@ -97,6 +119,10 @@ def markdown(report: dict[str, Any], plan: Plan) -> str:
     if refusals(report):
         lines += ["", "## Left alone", ""]
         lines += [f"* {name}: {reason} ({count})" for name, reason, count in refusals(report)]
+    if report["equivalence"] and report["equivalence"]["differences"]:
+        lines += ["", "## Before and after the exact passes", "", f"{', '.join(report['equivalence']['passes'])}:", "",
+                  "| inputs | largest difference |", "| --- | --- |"]
+        lines += [f"| {kind} | {_difference(value)} |" for kind, value in report["equivalence"]["differences"].items()]
     if report["notes"]:
         lines += ["", *(f"* {note}" for note in report["notes"])]
     if "machine" in report:

@@ -20,7 +20,7 @@ class Equivalence:
 
     Attributes:
         nodes: nodes in the file, inner graphs included: ``before`` and ``after``.
-        executed: nodes that ONNX Runtime executes after its own optimizations.
+        executed: nodes that ONNX Runtime executes after its own optimizations; None where it was not asked.
         operators: for each operator that ONNX Runtime executes another number of times (fusions lost and gained show
             here): ``before`` and ``after``.
         differences: kind of inputs → largest ``max|after − before| / max|before|`` over feeds and outputs; a sentence
@@ -28,7 +28,7 @@ class Equivalence:
     """
 
     nodes: dict[str, int]
-    executed: dict[str, int]
+    executed: dict[str, int] | None
     operators: dict[str, dict[str, int]]
     differences: dict[str, float | str | None]
 
@@ -47,15 +47,16 @@ def equivalence(before: Source, after: Source, feeds: Feeds | None = None, *, pr
     Raises:
         InputError: ONNX Runtime refuses one of the two.
     """
-    written = [sum(count_ops(_proto(source).graph).values()) for source in (before, after)]
+    written = [count_nodes(source if isinstance(source, Model) else Model.load(source)) for source in (before, after)]
     first, second = (executed_ops(source, provider=provider, threads=threads) for source in (before, after))
     operators = {op: {"before": first[op], "after": second[op]} for op in sorted(first | second) if first[op] != second[op]}
     differences = _differences(before, after, feeds, provider, threads) if feeds is not None and len(feeds) else {}
     return Equivalence(_pair(*written), _pair(_total(first), _total(second)), operators, differences)
 
 
-def _proto(source: Source) -> Any:
-    return (source if isinstance(source, Model) else Model.load(source)).to_proto()[0]
+def count_nodes(model: Model) -> int:
+    """Nodes of ``model`` as it stands, inner graphs included."""
+    return sum(count_ops(model.to_proto()[0].graph).values())
 
 
 def _pair(before: int, after: int) -> dict[str, int]:

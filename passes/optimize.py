@@ -19,6 +19,7 @@ from ..graph.weights import StoredValues
 from ..runtime import Feeds, Limit, compare, race, synthetic_feeds
 from ..runtime.specs import input_specs
 from .base import PassResult
+from .exact_part import ExactPart, moved
 from .plan import Plan
 from .runner import run_plan
 from .split import Split, divide, load_split
@@ -75,8 +76,9 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
 def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash,
              progress: Callable[[str], None]) -> dict[str, Any]:
     fitting = split if job.plan.needs_feeds else None
+    exact = ExactPart(model, job.plan, compared=split is not None and job.verify)
     results = run_plan(model, job.plan, fit=fitting.fit if fitting else None, choose=fitting.choose if fitting else None,
-                       provider=job.provider, threads=job.threads, progress=progress)
+                       provider=job.provider, threads=job.threads, progress=progress, after=exact.after)
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
@@ -86,7 +88,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
     else:
         staged = _copy(model, job)
     with staged:
-        report = _measure(job, model, results, staged, split, progress)
+        report = _measure(job, model, results, exact, staged, split, progress)
         report["notes"] += _notes(job, split, fired, report)
         if report["ok"] or not job.strict:
             staged.commit()
@@ -128,15 +130,16 @@ def _copy(model: Model, job: Job) -> Staged:
     return staged
 
 
-def _measure(job: Job, model: Model, results: list[PassResult], staged: Staged, split: Split | None,
+def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart, staged: Staged, split: Split | None,
              progress: Callable[[str], None]) -> dict[str, Any]:
     before = _bytes_on_disk(model)
     after = read_model(staged.temporary).nbytes
     report: dict[str, Any] = {
         "model": str(job.model), "output": str(job.output), "plan": job.plan.entries(),
         "passes": [result.to_json() for result in results], "bytes": {"before": before, "after": after},
-        "feeds": None, "drift": None, "speed": None, "ok": True, "notes": []}
+        "feeds": None, "drift": None, "speed": None, "ok": True, "equivalence": None, "notes": []}
     if split is None or not job.verify:
+        report["equivalence"] = exact.report(job.model, staged.temporary, None)
         return report
     feeds: Feeds = split.report
     report["feeds"] = feeds.kind
@@ -145,6 +148,9 @@ def _measure(job: Job, model: Model, results: list[PassResult], staged: Staged, 
                     use_tf32=job.use_tf32, allow_cpu=job.allow_cpu)
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
     report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]
+    progress("comparing before and after the exact passes")
+    report["equivalence"] = exact.report(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads)
+    report["notes"] += moved(report["equivalence"])
     progress("timing")
     timing = race([job.model, staged.temporary], feeds, provider=job.provider, threads=job.threads, use_tf32=job.use_tf32,
                   allow_cpu=job.allow_cpu)

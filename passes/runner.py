@@ -16,12 +16,14 @@ from .plan import Plan
 
 
 def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feeds | None = None, provider: str = "cpu",
-             threads: int | None = None, progress: Callable[[str], None] = lambda message: None) -> list[PassResult]:
+             threads: int | None = None, progress: Callable[[str], None] = lambda message: None,
+             after: Callable[[int], None] = lambda done: None) -> list[PassResult]:
     """Rewrite ``model`` in place by every pass of ``plan``.
 
     Args:
         fit: feeds for the passes that fit something.
         choose: feeds for those that choose blocks by a measurement; ``fit`` where there are none.
+        after: told after each pass how many are done, ``model`` standing as it is then.
 
     Returns:
         What each pass did, in order.
@@ -49,4 +51,5 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
             if asked:
                 context.ledger.refresh(each.name)
         results.append(dataclasses.replace(result, seconds=time.perf_counter() - started))
+        after(len(results))
     return results

@@ -22,7 +22,7 @@ def sha256(path) -> str:
 
 def test_json_holds_the_keys_of_the_contract(cli, model, feeds):
     report = cli("optimize", model, "-o", "out.onnx", "--data", feeds, "--json").json
-    assert [key for key in report if key not in ("notes", "machine")] == OPTIMIZE
+    assert [key for key in report if key not in ("equivalence", "notes", "machine")] == OPTIMIZE
     assert (report["model"], report["output"]) == (str(model), "out.onnx")
     assert all(list(each) == PASS for each in report["passes"])
     assert list(report["bytes"]) == ["before", "after"]
@@ -41,6 +41,44 @@ def test_the_default_plan_needs_no_feeds(cli, folder, model):
     assert report["plan"][-1] == "quantize-ffn"
     assert report["passes"][-1]["fired"] == 3
     assert drift(run(model, FEED), run(folder / "out.onnx", FEED)) < 0.02
+
+
+def test_what_the_exact_passes_did_is_proved(cli, folder, model, feeds):
+    report = cli("optimize", model, "-o", "out.onnx", "-p", "clean-up", "-p", "fold-norm", "--data", feeds, "--json",
+                 "--report", "told").json
+    proof = report["equivalence"]
+    assert list(proof) == ["passes", "nodes", "executed", "operators", "differences"]
+    assert proof["passes"] == ["clean-up", "fold-norm"]
+    assert proof["nodes"]["before"] == len(onnx.load(model).graph.node)
+    assert proof["nodes"]["after"] == len(onnx.load(folder / "out.onnx").graph.node)
+    assert 0 < proof["executed"]["after"] <= proof["executed"]["before"]
+    assert list(proof["differences"]) == ["given", "zeros", "one-hot", "large", "extreme", "denormal"]
+    assert all(each < 1e-5 for each in proof["differences"].values())
+    page = (folder / "told" / "report.md").read_text()
+    assert "| one-hot |" in page
+    assert "| executed by ONNX Runtime |" in page
+
+
+def test_the_proof_is_about_the_exact_passes_alone(cli, model, feeds):
+    proof = cli("optimize", model, "-o", "out.onnx", "-p", "fold-norm", "-p", "remove-ffn:keep=nothing", "--data", feeds,
+                "--json").json["equivalence"]
+    assert proof["passes"] == ["fold-norm"]
+    assert proof["differences"]["given"] < 1e-5
+    assert cli("optimize", model, "-o", "out.onnx", "-p", "remove-ffn:keep=nothing", "--json").json["equivalence"] is None
+
+
+def test_without_inputs_the_proof_is_the_number_of_nodes(cli, model):
+    proof = cli("optimize", model, "-o", "out.onnx", "-p", "clean-up", "--json").json["equivalence"]
+    assert (proof["executed"], proof["differences"]) == (None, {})
+    assert proof["nodes"]["after"] <= proof["nodes"]["before"]
+
+
+def test_an_output_that_an_exact_pass_moved_is_said(cli, model, feeds, monkeypatch):
+    from ffnfold.passes.remove_ffn import RemoveFFN
+
+    monkeypatch.setattr(RemoveFFN, "exact", True)  # it is not
+    outcome = cli("optimize", model, "-o", "out.onnx", "-p", "remove-ffn:keep=nothing", "--data", feeds)
+    assert "the exact passes changed an output on given inputs" in " ".join(outcome.out.split())
 
 
 def test_the_default_plan_for_cuda_quantizes_weights_only(cli, model):

@@ -40,6 +40,7 @@ AFFINE, INT8 = "linearize-ffn", "int8"
 LIMITS = {(AFFINE, PREFILL): 1.7, (AFFINE, WIDE): 1.8, (AFFINE, GRAPH): 1.6, (INT8, STEP): 1.3}
 CONFIGS: dict[str, dict[str, str]] = {
     INT8: {}, f"{INT8}, packed": {"ep.cuda.fpa_intb_gemm": "1", "ep.cuda.fpa_intb_profile_m": "1,512,4096"}}
+BATCH = 8  # sequences in a feed to fit on
 TINY = Shape(layers=3, d_model=64, d_ff=176, heads=4, vocabulary=256, context=64)
 
 
@@ -98,8 +99,8 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.timed("write the decoder"):
             write_decoder(self.original, self.shape)
-        count = math.ceil(1.5 * self.shape.d_model / self.length)
-        feeds = Feeds.of([feed(self.shape, 1, self.length, seed=number) for number in range(count)], synthetic=True)
+        count = math.ceil(1.5 * self.shape.d_model / (BATCH * self.length))
+        feeds = Feeds.of([feed(self.shape, BATCH, self.length, seed=number) for number in range(count)], synthetic=True)
         for name, plan in self.result["plans"].items():
             path = self.folder / f"{name}.onnx"
             with self.timed(name):

@@ -16,6 +16,7 @@ from ..runtime import Feeds
 from .blocks import ALL, Blocks
 
 if TYPE_CHECKING:
+    from .evidence import Streams
     from .ledger import Ledger
 
 
@@ -83,6 +84,8 @@ class Context:
         provider, threads: how ONNX Runtime runs.
         ledger: which block is which; only there where a pass of the plan is about blocks.
         progress: told what is going on, one short line.
+        streams: the model and the original gone through side by side, where a pass fits block after block.
+        widths: name of a block's output → neurons that stay, where a pass has decided that for all blocks together.
         memo: what passes of this plan made and may use again (weights that stay shared).
     """
 
@@ -92,6 +95,8 @@ class Context:
     threads: int | None = None
     ledger: Ledger = field(default=None)  # type: ignore[assignment]
     progress: Callable[[str], None] = lambda message: None
+    streams: Streams | None = None
+    widths: dict[str, int] = field(default_factory=dict)
     memo: dict[object, Any] = field(default_factory=dict)
 
 

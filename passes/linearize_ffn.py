@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -11,20 +12,20 @@ from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from ..runtime import DiagonalMoments, Moments
-from .affine_fit import fit_affine
-from .base import BlockPass, Context, Refused, Rewritten
+from ..runtime import DiagonalMoments
+from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .bypass import is_pure_branch
+from .evidence import Streams
 from .measure import rows, unmeasurable
+from .neuron_fit import Features, NeuronFit, choose_ridge, refit
 from .token_weights import token_weights, weight_values
-
-_HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses the ridge
 
 
 @dataclass(frozen=True)
 class LinearizeFFN(BlockPass):
     """Replace what an FFN computes by an affine function of its input, fitted on feeds.
 
-        fit=affine:  y ≈ x A + c            A, c = argmin Σ_t w_t ‖y_t − x_t A − c‖² + λ‖A‖²
+        fit=affine:  y ≈ x A + c            A, c = argmin Σ_t w_t ‖t_t − x_t A − c‖² + λ Σ_i var(x_i) ‖A_i‖²
         fit=neuron:  σ(z_i) ≈ a_i z_i + c_i  for each neuron i, so that  y ≈ ((x W₁ + b₁) ∘ a + c) W₂ + b₂
 
     ``fit=affine`` emits the one matrix itself, ``[d_model, d_out]``, and works for gated blocks too. ``fit=neuron`` leaves
@@ -33,7 +34,9 @@ class LinearizeFFN(BlockPass):
     ``w_t = 1 / (mean of r_t² + 1e-3 · average)``, r what the block feeds: the normalized value behind it (the residual sum,
     centred, or the branch where that has a norm of its own); ``weight=none`` counts all tokens the same.
 
-    Blocks are fitted in order of execution, each on what the rewritten blocks before it give.
+    Blocks are fitted in order of execution, each on what the rewritten blocks before it give, the affine map towards what the
+    original model has there (``target=stream``: its residual stream; ``target=block``: the block's own output). Where x is
+    also the residual (post-LN), the map takes the residual Add in: ``x + x A + c = x (A + I) + c``.
 
     Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, or where the feeds bring
     fewer tokens than the block has inputs.
@@ -45,6 +48,7 @@ class LinearizeFFN(BlockPass):
     exact: ClassVar[bool] = False
     fit: Literal["affine", "neuron"] = field(default="affine", metadata={"help": "one map, or a line for each neuron"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
+    target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
 
     @property
     def needs_feeds(self) -> bool:
@@ -64,31 +68,30 @@ class LinearizeFFN(BlockPass):
                 return Refused("the activation is fused into the projection (fit=affine works)", block.output.name)
         return None
 
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Fit and rewrite the blocks, each on what the ones before it give."""
+        if self.fit == "neuron":
+            return super().run(model, context)
+        with Streams(model, context) as streams:
+            return super().run(model, dataclasses.replace(context, streams=streams))
+
     def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
-        """Moments of input and output, or of each neuron's input and output."""
+        """The affine map, or a line for each neuron."""
         refusal = unmeasurable(model, block)
         if refusal is not None:
             return refusal
         if self.fit == "neuron":
             return self._lines(model, block, context)
-        fit, held_out = Moments(), Moments()
-        axis = block.axis
-        wanted = [block.input, block.output, *weight_values(block, self.weight)]
-        assert context.fit is not None
-        few = len(context.fit) < _HELD_OUT
-        for number, (x, y, *others) in enumerate(rows(model, wanted, [axis] * len(wanted), context.fit, context)):
-            weights = token_weights(block, y, others, self.weight)
-            good = np.isfinite(x).all(axis=1) & np.isfinite(y).all(axis=1) & np.isfinite(weights)
-            held = np.full(len(x), number % _HELD_OUT == _HELD_OUT - 1)
-            if few:
-                held = np.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
-            for moments, chosen in ((fit, good & ~held), (held_out, good & held)):
-                if chosen.any():
-                    moments.update(x[chosen], y[chosen], weights=weights[chosen])
-        tokens = fit.rows + held_out.rows
-        if tokens < block.d_model:
-            return Refused(f"{tokens} tokens are too few for {block.d_model} inputs: give more feeds", block.input.name)
-        return fit_affine(fit, held_out)
+        assert context.streams is not None
+        evidence = context.streams.evidence(block, inputs=True, neurons=False, weight=self.weight, target=self.target)
+        if evidence.rows < block.d_model:
+            return Refused(f"{evidence.rows} tokens are too few for {block.d_model} inputs: give more feeds", block.input.name)
+        nothing, none = np.zeros((block.d_model, block.d_out)), np.zeros(0, np.int64)
+        everything = Features.of(evidence.everything(), nothing, block.d_model)
+        halves = bool(evidence.fit.rows and evidence.held_out.rows)
+        fit = Features.of(evidence.fit, nothing, block.d_model) if halves else everything
+        held_out = Features.of(evidence.held_out, nothing, block.d_model) if halves else None
+        return refit(everything, none, *choose_ridge(fit, held_out, none))
 
     def _lines(self, model: Model, block: FFNBlock, context: Context) -> object:
         """Slope and intercept of each neuron, ``[d_ff]`` each, for z as the projection gives it."""
@@ -111,17 +114,29 @@ class LinearizeFFN(BlockPass):
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put the affine map, or the lines, in place."""
+        if isinstance(statistics, NeuronFit):
+            return _put_map(model, block, statistics, context)
         build = Builder(model, block.graph, block.name, block.onnx_type)
         assert isinstance(statistics, tuple)
-        if self.fit == "neuron":
-            slope, intercept = statistics
-            axis = block.up.linear.axis
-            product = build.op("Mul", block.region.leaves[0].tensor, build.vector(slope, axis, "slope"), hint="line")
-            line = build.op("Add", product, build.vector(intercept, axis, "intercept"), hint="line_shift")
-            old = producer(block.hidden)
-            take_over(block.hidden, line)
-            remove_dead(block.graph, [old] if old is not None else [])
-        else:
-            matrix, offset, _ = statistics
-            block.replace(build.linear(block.input, matrix, offset, axis=block.axis, hint="affine"))
+        slope, intercept = statistics
+        axis = block.up.linear.axis
+        product = build.op("Mul", block.region.leaves[0].tensor, build.vector(slope, axis, "slope"), hint="line")
+        line = build.op("Add", product, build.vector(intercept, axis, "intercept"), hint="line_shift")
+        old = producer(block.hidden)
+        take_over(block.hidden, line)
+        remove_dead(block.graph, [old] if old is not None else [])
         return Rewritten(gone="made affine")
+
+
+def _put_map(model: Model, block: FFNBlock, fit: NeuronFit, context: Context) -> Rewritten:
+    assert fit.affine is not None
+    build = Builder(model, block.graph, block.name, block.onnx_type)
+    join, matrix, target = block.join, fit.affine, block.output
+    if join.direct and join.node.op == "Add" and join.residual is block.input and is_pure_branch(block):
+        matrix, target = matrix + np.eye(len(matrix)), join.node.outputs[0]
+    old = producer(target)
+    take_over(target, build.linear(block.input, matrix, fit.offset, axis=block.axis, hint="affine"))
+    remove_dead(block.graph, [old] if old is not None else [])
+    assert context.streams is not None
+    context.streams.rewritten(target.name)
+    return Rewritten(gone="made affine")

@@ -18,10 +18,11 @@ from .linearize_ffn import LinearizeFFN
 from .merge_linears import MergeLinears
 from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
+from .slim_ffn import SlimFFN
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, MergeLinears, QuantizeFFN,
-    RemoveFFN)}
+    RemoveFFN, SlimFFN)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

@@ -24,7 +24,7 @@ _FLOOR = 1e-3  # of the average size: tokens near zero must not own the fit eith
 
 def weight_values(block: FFNBlock, kind: str) -> list[gs.Tensor]:
     """What must be captured beside x and y to weight tokens: the residual that y joins, or nothing."""
-    if kind == "none" or _has_branch_norm(block) or not block.join.direct or not is_pure_branch(block):
+    if kind == "none" or has_branch_norm(block) or not block.join.direct or not is_pure_branch(block):
         return []
     return [block.join.residual]
 
@@ -44,7 +44,7 @@ def token_weights(block: FFNBlock, y: Array, others: Sequence[Array], kind: str)
     return 1.0 / (size + _FLOOR * average) if average > 0 else np.ones(len(y))
 
 
-def _has_branch_norm(block: FFNBlock) -> bool:
+def has_branch_norm(block: FFNBlock) -> bool:
     """Whether a norm lies between the block and the residual Add."""
     tensor = block.join.branch
     for _ in range(24):

@@ -29,7 +29,7 @@ def capture(source: Source, feeds: Feeds, names: Sequence[str], *, axes: Mapping
         InputError: no such value, or ONNX Runtime fails.
     """
     for values, padding in _run(source, feeds, names, provider, threads):
-        yield {name: _rows(value, (axes or {}).get(name, -1), padding) for name, value in values.items()}
+        yield {name: as_rows(value, (axes or {}).get(name, -1), padding) for name, value in values.items()}
 
 
 def capture_raw(source: Source, feeds: Feeds, names: Sequence[str], *, provider: str = "cpu",
@@ -54,7 +54,8 @@ def _check_tensors(session: Session, names: Sequence[str]) -> None:
             raise InputError(f"{session.name}: value '{name}' is {kinds[name]}, which has no rows: choose a tensor")
 
 
-def _rows(value: Array, axis: int, padding: Padding) -> Array:
+def as_rows(value: Array, axis: int, padding: Padding) -> Array:
+    """``value``, whose features are on ``axis``, as ``[rows, features]`` without padding, in float32 or float64."""
     if value.ndim >= 2:
         value = np.moveaxis(value, axis, -1)
     rows = rows_of(value, padding)

@@ -57,7 +57,8 @@ def test_the_lines_stand_between_the_two_matrices(tmp_path):
 
 
 def test_the_map_is_the_least_squares_one(tmp_path):
-    """weight=none and tokens in plenty: what numpy finds from the same values, up to the small ridge."""
+    """weight=none and tokens in plenty: what numpy finds from the same values, up to the small ridge. x is the residual too,
+    so that one matrix does both."""
     s = Sketch()
     x = s.input("x", ["batch", "tokens", D])
     s.op("Add", x, s.ffn(x), out=s.output("y"))
@@ -67,7 +68,8 @@ def test_the_map_is_the_least_squares_one(tmp_path):
     values = np.concatenate([run(s.model(), feed)["y"].reshape(-1, D) for feed in feeds]) - rows
     solved, *_ = np.linalg.lstsq(np.hstack([rows, np.ones((len(rows), 1))]), values, rcond=None)
     [matrix] = [each for each in weights(model) if each.shape == (D, D)]
-    assert np.linalg.norm(matrix - solved[:D]) < 0.01 * np.linalg.norm(solved[:D])
+    assert np.linalg.norm(matrix - np.eye(D) - solved[:D]) < 0.01 * np.linalg.norm(solved[:D])
+    assert ops(model) == ["MatMul", "Add"]
 
 
 @pytest.mark.parametrize("kind", [{"activation": "gelu"}, {"activation": "silu", "gated": True},
@@ -82,9 +84,9 @@ def test_it_keeps_more_than_the_mean(tmp_path, kind):
     assert 0 < drift(before, run(affine, X)) < drift(before, run(mean, X))
 
 
-@both
-def test_a_block_is_fitted_behind_the_blocks_already_rewritten(tmp_path, fit):
+def test_a_line_is_fitted_behind_the_blocks_already_rewritten(tmp_path):
     """Block 1, fitted behind what block 0 has become, is the same as fitted on a model in which block 0 is that already."""
+    fit = "neuron"
     at_once, _ = rewrite(transformer(2), tmp_path, f"linearize-ffn:fit={fit}", fit=FIT)
     first, _ = rewrite(transformer(2), tmp_path, f"linearize-ffn:fit={fit},blocks=0", fit=FIT)
     onnx_first = onnx.load(tmp_path / "after.onnx")
@@ -206,7 +208,7 @@ def test_a_block_of_convolutions(tmp_path):
     feeds = feeds_of((2, D, 6, 6), 10, seed=11)
     model, [result] = rewrite(s, tmp_path, "linearize-ffn", fit=feeds)
     assert result.fired == 1
-    assert ops(model) == ["Conv", "Add"]
+    assert ops(model) == ["Conv"]
     assert 0 < drift(run(s.model(), feeds[0]), run(model, feeds[0])) < 0.5
 
 

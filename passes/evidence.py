@@ -1,0 +1,143 @@
+"""What the feeds say about a block: moments of its input, its neurons and what it should give.
+
+The target of a block is what brings the residual stream back to where the original model has it,
+
+    target=stream   t = (r_original + y_original) − r_now
+    target=block    t = y_original
+    target=own      t = y, what the block gives now
+
+so that a block also makes good what the rewritten blocks before it did wrong. Where a norm or a scale lies between the
+block and the residual Add, or the feeds take another way through the rewritten model (a router), ``stream`` cannot be
+stated in y, and the target is y_original, or what the block itself gives now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.ffn import FFNBlock
+from ..graph.model import Model
+from ..runtime import Moments
+from .base import Context
+from .bypass import is_pure_branch
+from .stream import Stream
+from .token_weights import has_branch_norm, token_weights, weight_values
+
+Array = npt.NDArray[Any]
+Target = Literal["stream", "block", "own"]
+HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
+
+
+@dataclass
+class Evidence:
+    """Moments of the groups [x, h, t], [h, t] or [x, t].
+
+    Attributes:
+        fit, held_out: over tokens to fit on, and over others that choose.
+    """
+
+    fit: Moments
+    held_out: Moments
+
+    @property
+    def rows(self) -> int:
+        """Tokens seen."""
+        return self.fit.rows + self.held_out.rows
+
+    def everything(self) -> Moments:
+        """Both together."""
+        both = Moments()
+        both.merge(self.fit)
+        both.merge(self.held_out)
+        return both
+
+
+class Streams:
+    """The model as it is being rewritten and the model as it was, gone through side by side, block after block.
+
+    A context manager. Blocks must be asked for in order of execution.
+    """
+
+    def __init__(self, model: Model, context: Context) -> None:
+        assert context.fit is not None
+        self._feeds = context.fit
+        self._now = Stream(model, context.fit, context)
+        self._original = Stream(model.copy(), context.fit, context)
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._now.__exit__(kind, error, trace)
+        self._original.__exit__(kind, error, trace)
+
+    def rewritten(self, name: str) -> None:
+        """Say that the value ``name`` is computed in another way from now on."""
+        self._now.forget(name)
+
+    def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target) -> Evidence:
+        """Go through the feeds once.
+
+        Args:
+            inputs, neurons: which features to take moments of.
+            weight: how tokens are weighted (see :mod:`token_weights`).
+        """
+        found = Evidence(Moments(), Moments())
+        few = len(self._feeds) < HELD_OUT
+        for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target)):
+            good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
+            for group in features:
+                good &= np.isfinite(group).all(axis=1)
+            position = np.arange(len(y)) if few else np.full(len(y), number)
+            held = position % HELD_OUT == HELD_OUT - 1
+            for moments, chosen in ((found.fit, good & ~held), (found.held_out, good & held)):
+                if chosen.any():
+                    moments.update(*(group[chosen] for group in features), t[chosen], weights=weights[chosen])
+        return found
+
+    def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str,
+              target: Target) -> Iterator[tuple[list[Array], Array, Array, Array]]:
+        """For each feed the features, y, t and the weights of its tokens."""
+        pure = is_pure_branch(block) and target != "own"
+        normed = has_branch_norm(block)
+        to_stream = target == "stream" and pure and (block.join.direct or normed)
+        axis = block.axis
+        now = [*([block.input] if inputs else []), *([block.hidden] if neurons else [])]
+        count = len(now)
+        passing = [block.hidden.name]
+        if to_stream:
+            now.append(block.join.residual)
+        if not pure:
+            now.append(block.output)
+            passing.append(block.output.name)
+        before = [block.output, *([block.join.residual] if to_stream else weight_values(block, weight) if pure else []),
+                  *([block.join.branch] if to_stream and normed else [])]
+        axes = [block.down.linear.axis if tensor is block.hidden else axis for tensor in now]
+        currents = self._now.rows([tensor.name for tensor in now], axes, passing)
+        if not pure:
+            for values in currents:
+                y = values[-1]
+                yield values[:count], y, y, token_weights(block, y, [], weight)
+            return
+        originals = self._original.rows([tensor.name for tensor in before], [axis] * len(before), [block.hidden.name])
+        for values, (y, *others) in zip(currents, originals, strict=True):
+            t = y
+            if to_stream and others[0].shape == y.shape == values[-1].shape:
+                behind = others[0].astype(np.float64) - values[-1]
+                t = y + (_before_norm(behind, y, others[1]) if normed else behind)
+            yield values[:count], y, t, token_weights(block, y, [] if normed else others, weight)
+
+
+def _before_norm(change: Array, y: Array, normed: Array) -> Array:
+    """The change of y that changes ``normed``, its norm ``γ y / ‖y‖``, by ``change``, the size of y left as it is."""
+    size = np.sqrt((y.astype(np.float64) ** 2).mean(axis=1, keepdims=True)) + 1e-30
+    unit = y / size
+    scale = (unit * normed).sum(axis=0) / np.maximum((unit ** 2).sum(axis=0), 1e-30)
+    safe = np.abs(scale) > 1e-3 * np.abs(scale).max()
+    return np.where(safe, change / np.where(safe, scale, 1), 0) * size

@@ -1,0 +1,185 @@
+"""slim-ffn: some of the neurons of each FFN, and a down projection fitted to do the work of all."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.builder import Builder
+from ..graph.edit import producer, remove_dead, take_over
+from ..graph.ffn import FFNBlock
+from ..graph.model import Model
+from ..graph.narrow import narrow, why_not_narrow
+from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .evidence import Evidence, Streams
+from .measure import unmeasurable
+from .neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
+from .neuron_selection import Select, elimination, select_neurons
+from .spread import Curve, allocate, damage, widths_to_try
+
+Array = npt.NDArray[Any]
+_GREEDY_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class SlimFFN(BlockPass):
+    """Keep the most useful neurons of an FFN and refit what it gives, in closed form, on feeds.
+
+        y = h(x) W_down + b   →   ŷ = h_S(x) V + c            (affine=false)
+                              →   ŷ = x A + h_S(x) V + c      (affine=true)
+
+    ``keep`` is how many neurons stay: a number where it is 1 or more, a part of them where it is less; rounded up to a
+    ``multiple`` that matrix kernels like. In gated blocks up and gate are cut together. ``select`` says which stay
+    (see :mod:`neuron_selection`), ``refit`` what becomes of the down projection: ``ridge`` solves for V, A and c together,
+    held near what the block had, λ chosen on tokens held out; ``bias`` only adds the mean of what is gone; ``none`` leaves all.
+
+    ``spread=sensitivity`` gives the blocks different widths under the same number of parameters: more to those whose errors
+    reach the outputs (see :mod:`spread`).
+
+    Blocks are fitted in order of execution on what the rewritten blocks before them give, towards what the original model
+    has there (``target=stream``: the original residual stream; ``target=block``: the block's own output). Tokens are
+    weighted by the inverse of their size in front of the next norm (``weight=auto``).
+
+    Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
+    projection, blocks inside subgraphs (nothing can be measured there), or where nothing would get smaller.
+
+    Source: docs/approximations.md; STAT, arXiv 2406.00061; GRAIL, arXiv 2602.23795; FLAP, arXiv 2312.11983; Wanda,
+    arXiv 2306.11695.
+    """
+
+    name: ClassVar[str] = "slim-ffn"
+    exact: ClassVar[bool] = False
+    keep: float = field(default=0.5, metadata={"help": "how many neurons stay; below 1 a part of them"})
+    affine: bool = field(default=True, metadata={"help": "an affine map of the input beside the neurons"})
+    select: Select = field(default="greedy", metadata={"help": "which neurons stay"})
+    refit: Literal["none", "bias", "ridge"] = field(default="ridge", metadata={"help": "what is fitted"})
+    weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
+    target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what is fitted to"})
+    spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how widths differ over blocks"})
+    multiple: int = field(default=32, metadata={"help": "widths are rounded up to a multiple of this"})
+
+    def __post_init__(self) -> None:
+        if not self.keep > 0 and not (self.keep == 0 and self.affine):
+            raise ValueError(f"keep={self.keep} must be above 0: a number of neurons, or a part of them below 1 "
+                             "(keep=0 goes with affine=true)")
+        if self.keep >= 1 and self.keep != int(self.keep):
+            raise ValueError(f"keep={self.keep}: a number of neurons must be whole")
+        if self.multiple < 1:
+            raise ValueError("multiple must be 1 or more")
+        if self.affine and self.refit != "ridge":
+            raise ValueError("affine=true needs refit=ridge")
+        if self.spread == "sensitivity" and not self.needs_feeds:
+            raise ValueError("spread=sensitivity needs feeds: choose another select or refit")
+
+    @property
+    def needs_feeds(self) -> bool:
+        """Anything but the size of the weights has to be measured."""
+        return self.select != "magnitude" or self.refit != "none"
+
+    def width(self, block: FFNBlock) -> int:
+        """Neurons that stay in ``block``, where all blocks keep the same part."""
+        count = self.keep if self.keep >= 1 else self.keep * block.d_ff
+        return min(int(np.ceil(count / self.multiple - 1e-9)) * self.multiple, block.d_ff)
+
+    def check(self, block: FFNBlock) -> Refused | None:
+        """What cannot be cut."""
+        reason = why_not_narrow(block)
+        if reason is None and not self.affine and self.width(block) >= block.d_ff:
+            reason = f"all of its {block.d_ff} neurons would stay"
+        return None if reason is None else Refused(reason, block.output.name)
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Fit and rewrite the blocks, each on what the ones before it give."""
+        if not self.needs_feeds:
+            return super().run(model, context)
+        widths = self._spread(model, context) if self.spread == "sensitivity" else {}
+        with Streams(model, context) as streams:
+            return super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
+
+    def _spread(self, model: Model, context: Context) -> dict[str, int]:
+        """A width for each block, by what its error does to the outputs."""
+        there, _ = context.ledger.select(self.blocks)
+        there = {index: block for index, block in there.items()
+                 if self.check(block) is None and unmeasurable(model, block) is None}
+        curves = {}
+        with Streams(model, context) as streams:
+            for index, block in there.items():
+                context.progress(f"{self.name}: how much block {index} matters")
+                evidence = streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="own")
+                if evidence.rows:
+                    curves[index] = self._curve(model, block, evidence, context)
+        budget = sum(self.width(there[index]) * curve.parameters for index, curve in curves.items())
+        names = [there[index].output.name for index in curves]
+        return dict(zip(names, allocate(list(curves.values()), budget), strict=True))
+
+    def _curve(self, model: Model, block: FFNBlock, evidence: Evidence, context: Context) -> Curve:
+        features = self._features(block, evidence)
+        widths = widths_to_try(block.d_ff, self.multiple)
+        lost = elimination(features, [*widths, self.width(block)], _GREEDY_RIDGE)
+        fit = refit(features, lost[self.width(block)][0], _GREEDY_RIDGE, 0.0)
+        alone = dataclasses.replace(context, streams=None)
+        harm = damage(model, block, lambda trial, same: self.rewrite(trial, same, fit, alone), context)
+        scale = harm / max(lost[self.width(block)][1], 1e-30)
+        leaves = len(block.region.leaves)
+        return Curve(tuple(widths), tuple(scale * lost[width][1] for width in widths), leaves * block.d_model + block.d_out)
+
+    def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
+        """The fit."""
+        if not self.needs_feeds:
+            prior, bias = block.down.weight().astype(np.float64), block.down.bias()
+            neurons = np.sort(np.argsort(-np.linalg.norm(prior, axis=1), kind="stable")[:self.width(block)])
+            return NeuronFit(neurons, prior[neurons], None, np.zeros(block.d_out) if bias is None else bias, 0.0, np.nan)
+        refusal = unmeasurable(model, block)
+        if refusal is not None:
+            return refusal
+        assert context.streams is not None
+        evidence = context.streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target=self.target)
+        if not evidence.rows:
+            return Refused("no token of the feeds reached it", block.input.name)
+        return self._fit(block, evidence, context.widths.get(block.output.name, self.width(block)))
+
+    def _features(self, block: FFNBlock, evidence: Evidence) -> Features:
+        inputs = block.d_model if self.affine else 0
+        prior = np.concatenate([np.zeros((inputs, block.d_out)), block.down.weight().astype(np.float64)])
+        return Features.of(evidence.everything(), prior, inputs)
+
+    def _fit(self, block: FFNBlock, evidence: Evidence, width: int) -> NeuronFit:
+        everything = self._features(block, evidence)
+        prior, inputs = everything.prior, everything.inputs
+        neurons = select_neurons(self.select, everything, width, _GREEDY_RIDGE)
+        if self.refit != "ridge":
+            bias = block.down.bias()
+            return keep_rows(everything, neurons, correct_bias=self.refit == "bias",
+                             bias=np.zeros(block.d_out) if bias is None else bias.astype(np.float64))
+        halves = bool(evidence.fit.rows and evidence.held_out.rows)
+        fit = Features.of(evidence.fit, prior, inputs) if halves else everything
+        held_out = Features.of(evidence.held_out, prior, inputs) if halves else None
+        ridge, error = choose_ridge(fit, held_out, neurons)
+        return refit(everything, neurons, ridge, error)
+
+    def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
+        """Put the narrow block in place."""
+        fit = statistics
+        assert isinstance(fit, NeuronFit)
+        build = Builder(model, block.graph, block.name, block.down.linear.onnx_type)
+        parts = []
+        if len(fit.neurons):
+            hidden = narrow(model, block, fit.neurons)
+            parts.append(build.linear(hidden, fit.matrix, None if fit.affine is not None else self._bias(block, fit),
+                                      axis=block.axis, hint="slim_down"))
+        if fit.affine is not None:
+            parts.append(build.linear(block.input, fit.affine, fit.offset, axis=block.axis, hint="slim_affine"))
+        output = parts[0] if len(parts) == 1 else build.op("Add", *parts, hint="slim_sum")
+        old = producer(block.output)
+        take_over(block.output, output)
+        remove_dead(block.graph, [old] if old is not None else [])
+        if context.streams is not None:
+            context.streams.rewritten(block.output.name)
+        return Rewritten(gone=None if len(fit.neurons) else "made affine")
+
+    def _bias(self, block: FFNBlock, fit: NeuronFit) -> Array | None:
+        return fit.offset if fit.offset.any() or block.down.has_bias else None

@@ -5,7 +5,11 @@
 ZOO is a folder of real exports; the small ones are mutated, half of them as protobuf messages (fields dropped, repeated,
 moved, renumbered, numbers and lengths set to extremes, bytes flipped), half as models (names, dimensions, types, wiring,
 attributes, external data, nesting). Each mutant is a number: the same number and seed give the same bytes, so that
-``--only NUMBER`` does one again. They run in a worker process that may take 1 GB of memory and 10 seconds for each.
+``--only NUMBER`` does one again. They run in a worker process that may take 1 GB of memory and, for each, 10 seconds of the
+processor (other work on the machine does not count then) and a minute by the clock.
+
+A mutant may also be stopped at the gate: it loads in ONNX Runtime, is broken nevertheless, and that shows once a pass has
+made it simpler. Such are printed too, to be looked at: the command line says one line and writes nothing.
 
 Exit code 1 if a mutant crashed or hung the worker, took too much memory, or raised anything but an InputError of one line.
 """
@@ -13,6 +17,7 @@ Exit code 1 if a mutant crashed or hung the worker, took too much memory, or rai
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import random
 import select
@@ -28,7 +33,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-SECONDS, MEGABYTES, LARGEST_SEED = 10, 1000, 300_000
+SECONDS, SECONDS_BY_THE_CLOCK, MEGABYTES, LARGEST_SEED = 10, 60, 1000, 300_000
 NUMBERS = (0, 1, 2, 3, 7, 127, 255, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 62, (1 << 63) - 1, -1, -2, -(1 << 31),
            -(1 << 63))
 TEXTS = ("", " ", "x" * 5000, "../../etc/passwd", "/etc/passwd", "a\nb", "é\u2028", "main", "Add", "MatMul", "If", "0", "%s%n",
@@ -42,6 +47,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
+    parser.add_argument("--folder", type=Path, help="where mutants are written; best one in memory, such as /dev/shm")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="put the mutants that failed here")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "fuzz_load.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -52,28 +58,26 @@ def main() -> int:
     numbers = range(arguments.count) if arguments.only is None else [arguments.only]
     counts: Counter[str] = Counter()
     worker = Worker()
-    slowest = 0.0
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         path = Path(name) / "m.onnx"
         for number in numbers:
             data, how = mutant(number, arguments.seed, seeds)
             path.write_bytes(data)
-            started = time.perf_counter()
             verdict, why = worker.run(path)
-            slowest = max(slowest, time.perf_counter() - started)
             counts[verdict] += 1
             if verdict not in ("answered", "refused"):
                 print(f"{number} ({how}): {verdict}: {why}", flush=True)
                 if arguments.keep is not None:
                     arguments.keep.mkdir(exist_ok=True)
                     (arguments.keep / f"{number}.onnx").write_bytes(data)
-    failed = sum(count for verdict, count in counts.items() if verdict not in ("answered", "refused"))
+    failed = sum(count for verdict, count in counts.items() if verdict not in ("answered", "refused", "stopped"))
     print(f"{sum(counts.values())} mutants of {len(seeds)} files: {counts['answered']} answered, {counts['refused']} refused "
-          f"in one line, {failed} failed; slowest {slowest:.1f} s, largest {worker.peak:.0f} MB")
+          f"in one line, {counts['stopped']} stopped at the gate, {failed} failed; slowest {worker.slowest:.1f} s, "
+          f"largest {worker.peak:.0f} MB")
     if arguments.only is None:
         arguments.json.parent.mkdir(exist_ok=True)
         arguments.json.write_text(json.dumps({"seed": arguments.seed, "seeds": len(seeds), **counts, "failed": failed,
-                                              "slowest_s": round(slowest, 2), "peak_mb": round(worker.peak)}) + "\n")
+                                              "slowest_s": round(worker.slowest, 2), "peak_mb": round(worker.peak)}) + "\n")
     return 1 if failed else 0
 
 
@@ -81,7 +85,7 @@ class Worker:
     """A process that loads, inspects, saves and optimizes files; started again when one of them kills it."""
 
     def __init__(self) -> None:
-        self.peak = 0.0
+        self.peak = self.slowest = 0.0
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, path: Path) -> tuple[str, str]:
@@ -94,14 +98,15 @@ class Worker:
         assert process.stdout is not None
         process.stdin.write(f"{path}\n")
         process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], SECONDS + 5)
+        ready, _, _ = select.select([process.stdout], [], [], SECONDS_BY_THE_CLOCK + 5)
         line = process.stdout.readline() if ready else ""
         if not line:
             process.kill()
             self._process = None
-            return ("HANG", f"more than {SECONDS} s") if not ready else ("CRASH", f"exit code {process.wait()}")
+            return ("HANG", f"more than {SECONDS_BY_THE_CLOCK} s") if not ready else ("CRASH", f"exit code {process.wait()}")
         result = json.loads(line)
         self.peak = max(self.peak, result["peak_mb"])
+        self.slowest = max(self.slowest, result["seconds"])
         if result["peak_mb"] > MEGABYTES:
             process.kill()
             self._process = None
@@ -116,7 +121,7 @@ def work() -> int:
     import resource
     import traceback
 
-    from ffnfold.graph.errors import InputError
+    from ffnfold.graph.errors import BrokenByPass, InputError
     from ffnfold.graph.model import Model
     from ffnfold.graph.report import describe
     from ffnfold.graph.store import read_model
@@ -128,7 +133,8 @@ def work() -> int:
     for line in sys.stdin:
         path = Path(line.rstrip("\n"))
         out = path.with_name("out.onnx")
-        started = time.perf_counter()
+        started = time.process_time()
+        faulthandler.dump_traceback_later(SECONDS_BY_THE_CLOCK)
         verdict, why = "answered", ""
         try:
             json.dumps(describe(path))
@@ -141,15 +147,18 @@ def work() -> int:
             verdict, why = "refused", str(error)
             if len(why.splitlines()) != 1 or not why.startswith((str(path), "the graph")):
                 verdict = "NOT ONE LINE ABOUT THE FILE"
+        except BrokenByPass as error:
+            verdict, why = "stopped", str(error)
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             verdict = "TRACEBACK"
             why = f"{type(error).__name__}: {str(error)[:200]} at {Path(where.filename).name}:{where.lineno}"
+        faulthandler.cancel_dump_traceback_later()
         for file in path.parent.iterdir():
             if file != path:
                 file.unlink()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print(json.dumps({"verdict": verdict, "why": why, "seconds": time.perf_counter() - started, "peak_mb": peak}),
+        print(json.dumps({"verdict": verdict, "why": why, "seconds": time.process_time() - started, "peak_mb": peak}),
               file=answers, flush=True)
     return 0
 

@@ -33,7 +33,7 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        from ..graph.errors import InputError
+        from ..graph.errors import BrokenByPass, InputError
 
         for stream in (sys.stdout, sys.stderr):  # names of files and values hold any character, terminals do not
             if isinstance(stream, io.TextIOWrapper):
@@ -42,6 +42,10 @@ class _Commands(click.Group):
             return super().main(*args, **kwargs)
         except InputError as error:
             click.echo(f"ffnfold: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+        except BrokenByPass as error:
+            click.echo(f"ffnfold: {' '.join(str(error).split())}: nothing was written; leave that pass out, and report it if the "
+                       "model runs", err=True)
             sys.exit(2)
         except BrokenPipeError:
             sys.exit(0)

@@ -38,12 +38,15 @@ class Activation:
 
 def name_activation(region: Region) -> Activation | str:
     """The activation of ``region``, or a sentence saying why it is none."""
-    if len(region.leaves) == 1:
+    if len(region.leaves) > 2:
+        return f"{len(region.leaves)} linears meet in one place"
+    try:
+        if len(region.leaves) == 2:
+            return _gated(region)
         result = region.evaluate([GRID], neuron=0, biased=True)
         return _ungated(np.broadcast_to(result, GRID.shape))
-    if len(region.leaves) == 2:
-        return _gated(region)
-    return f"{len(region.leaves)} linears meet in one place"
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # operators or constants that do not fit together
+        return f"what lies between cannot be computed ({' '.join(str(error).split())[:200]})"
 
 
 def _ungated(result: Array) -> Activation | str:

@@ -202,8 +202,8 @@ class Staged:
 def _with_entries(proto: onnx.ModelProto, entries: Mapping[str, str]) -> bytes:
     """The ``metadata_props`` of ``proto``, ``entries`` put in."""
     only = onnx.ModelProto()
-    kept = [(each.key, each.value) for each in proto.metadata_props if each.key not in entries]
-    for key, value in (*kept, *entries.items()):
+    only.metadata_props.extend(each for each in proto.metadata_props if each.key not in entries)
+    for key, value in entries.items():
         only.metadata_props.add(key=key, value=value)
     return only.SerializeToString(deterministic=True)
 

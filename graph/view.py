@@ -67,13 +67,14 @@ class Importer:
             if tensor.name not in given:  # an initializer that is also an input can be overridden: no constant
                 scope[tensor.name] = gs.Constant(tensor.name, values_of(tensor, self._values))
                 constants.append(scope[tensor.name])
+        produced = {name for node in proto.node for name in node.output if name}
         for info in proto.value_info:
-            scope.setdefault(info.name, _variable(info))
+            if info.name in produced or info.name in given:  # it may also speak of values of the graphs around
+                scope.setdefault(info.name, _variable(info))
         inputs = [scope.setdefault(info.name, _variable(info)) for info in proto.input]
         for tensor in proto.initializer:
             if tensor.name in given:
                 scope[tensor.name].default = values_of(tensor, self._values)
-        produced = {name for node in proto.node for name in node.output if name}
         for info in proto.output:
             if info.name in produced or outer is None or info.name not in outer:
                 scope.setdefault(info.name, _variable(info))

@@ -13,11 +13,19 @@ import onnx
 from .errors import InputError
 
 _KIND = onnx.AttributeProto
+_LONGEST_NAME = 1 << 16  # characters
+_NEWEST = 1000  # more than any operator set has
 _MICROSOFT = {"FusedMatMul": 2, "FusedGemm": 2, "FusedConv": 2, "MatMulNBits": 3, "DynamicQuantizeMatMul": 3,
               "MatMulIntegerToFloat": 4, "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3, "Gelu": 1,
               "BiasGelu": 2, "FastGelu": 1, "QuickGelu": 1}
 """Inputs that operators of ONNX Runtime need (ContribOperators.md); the onnx package does not know them."""
+_MICROSOFT_TYPES = {**dict.fromkeys(("alpha", "beta", "epsilon"), _KIND.FLOAT), "activation": _KIND.STRING,
+                    **dict.fromkeys(("K", "N", "bits", "block_size", "accuracy_level", "axis", "transA", "transB", "transBatchA",
+                                     "transBatchB", "stash_type", "group"), _KIND.INT),
+                    **dict.fromkeys(("pads", "strides", "dilations", "kernel_shape"), _KIND.INTS)}
 _NEEDED = {"MatMulNBits": ("K", "N", "block_size")}
+_DEFAULT_DOMAIN = {"SimplifiedLayerNormalization": 2, "FusedConv": 2, "FusedGemm": 2}
+"""Inputs that operators need which ONNX Runtime has in the default domain, and the onnx package has not."""
 
 
 def check_nodes(model: onnx.ModelProto) -> None:
@@ -28,18 +36,18 @@ def check_nodes(model: onnx.ModelProto) -> None:
     """
     opsets = _opsets(model.opset_import)
     _check_texts([model.producer_name, model.producer_version, *opsets])
-    pending: list[tuple[Iterable[onnx.NodeProto], Mapping[str, int]]] = [(model.graph.node, opsets)]
+    pending: list[tuple[Iterable[onnx.NodeProto], Mapping[str, int], bool]] = [(model.graph.node, opsets, False)]
     graphs = [model.graph]
     for function in model.functions:
         _check_texts([function.name, function.domain, *function.input, *function.output])
-        pending.append((function.node, _opsets(function.opset_import)))
+        pending.append((function.node, _opsets(function.opset_import), True))
     while pending:
-        nodes, known = pending.pop()
+        nodes, known, in_function = pending.pop()
         for node in nodes:
             _check_texts(_texts(node))
-            inside = _check_node(node, known)
+            inside = _check_node(node, known, in_function)
             graphs += inside
-            pending += [(graph.node, known) for graph in inside]
+            pending += [(graph.node, known, in_function) for graph in inside]
     for graph in graphs:
         _check_texts([graph.name, *(tensor.name for tensor in graph.initializer)])
         for info in (*graph.input, *graph.output, *graph.value_info):
@@ -64,9 +72,11 @@ def _check_texts(names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(name, str):  # what protobuf gives for bytes that are no UTF-8
             raise InputError(f"the name {bytes(name)[:40]!r} is no text: the file is damaged")
+        if len(name) > _LONGEST_NAME:
+            raise InputError(f"the name '{name[:40]}…' has {len(name)} characters: the file is damaged")
 
 
-def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int]) -> list[onnx.GraphProto]:
+def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int], in_function: bool) -> list[onnx.GraphProto]:
     """Check ``node``; returns the graphs in its attributes."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     inputs, outputs, types, needed = _signature(node.op_type, domain, opsets.get(domain, 1))
@@ -81,6 +91,9 @@ def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int]) -> list[onnx.Gr
     graphs = []
     for attribute in node.attribute:
         wanted = types.get(attribute.name)
+        if attribute.ref_attr_name and not in_function:
+            raise InputError(f"{title}: its attribute '{attribute.name}' is that of a function, but it lies in none: "
+                             "export the model again")
         if wanted is not None and attribute.type != wanted and not attribute.ref_attr_name:
             raise InputError(f"{title}: its attribute '{attribute.name}' is no {_KIND.AttributeType.Name(wanted)}: "
                              "export the model again")
@@ -92,10 +105,17 @@ def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int]) -> list[onnx.Gr
 def _signature(op: str, domain: str, version: int) -> tuple[int, int, Mapping[str, int], tuple[str, ...]]:
     """Least number of inputs and outputs, types of attributes, and attributes that must be there; what is known of it."""
     if domain == "com.microsoft":
-        return _MICROSOFT.get(op, 0), 1 if op in _MICROSOFT else 0, {}, _NEEDED.get(op, ())
-    try:
-        schema = onnx.defs.get_schema(op, version, domain)
-    except (onnx.defs.SchemaError, RuntimeError, TypeError):
-        return 0, 0, {}, ()  # not of this operator set: ONNX Runtime has its own in the default domain too
+        return _MICROSOFT.get(op, 0), 1 if op in _MICROSOFT else 0, _MICROSOFT_TYPES, _NEEDED.get(op, ())
+    schema = _schema(op, version, domain) or _schema(op, _NEWEST, domain)
+    if schema is None:  # ONNX Runtime has operators of its own in the default domain
+        inputs = 0 if domain else _DEFAULT_DOMAIN.get(op, 0)
+        return inputs, 1 if inputs else 0, {} if domain else _MICROSOFT_TYPES, ()
     types = {name: int(attribute.type.value) for name, attribute in schema.attributes.items()}
     return schema.min_input, schema.min_output, types, tuple(name for name, each in schema.attributes.items() if each.required)
+
+
+def _schema(op: str, version: int, domain: str) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op, min(max(version, 1), _NEWEST), domain)
+    except (onnx.defs.SchemaError, RuntimeError, TypeError):
+        return None

@@ -19,6 +19,10 @@ SMALLEST = 1024
 """Bytes. Shorter payloads, and messages that can hold no longer one, stay where they are."""
 LARGEST_SKELETON = 256 << 20
 """Bytes that a model may have beside its weights."""
+LARGEST_TEXT = 32 << 20
+"""Bytes that one text (a name, a description, metadata, an attribute) may have."""
+MOST_NODES = 250_000
+"""Nodes that one graph may have."""
 _DEEPEST = 100  # nested messages, as protobuf itself allows
 _MARKER = MARKER.encode()
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -31,10 +35,12 @@ _FIELDS: dict[str, dict[int, str]] = {
     "attribute": {5: _TENSOR, 6: "graph", 10: _TENSOR, 11: "graph"},
     "function": {7: "node", 11: "attribute"},
 }
-_RAW, _FLOATS, _DOUBLES = 9, 4, 10
+_RAW, _FLOATS, _DOUBLES, _STRINGS = 9, 4, 10, 6
 _PAYLOADS = frozenset({_RAW, _FLOATS, _DOUBLES})
 _DATA = _PAYLOADS | {5, 6, 7, 11}
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
+_NODES = {"graph": 1, "function": 7}
+_NUMBERS = {("attribute", 7), ("attribute", 8), ("attribute", 22), ("attribute", 23), ("graph", 15)}  # lists, sparse tensors
 
 T = TypeVar("T")
 
@@ -141,7 +147,7 @@ class Scanner:
         """The message without its weights.
 
         Raises:
-            WireError: it is not a protobuf message, or larger than LARGEST_SKELETON beside its weights.
+            WireError: it is not a protobuf message, or larger beside its weights than a model can be.
         """
         return self._message(0, self._source.size, "model", 0)
 
@@ -157,8 +163,15 @@ class Scanner:
         inner = _FIELDS[kind]
         pieces = []
         run = position = start
+        node_field, nodes = _NODES.get(kind), 0
         while position < end:
             number, wire, begin, stop = self._cursor.field(position, end)
+            if number == node_field:
+                nodes += 1
+                if nodes > MOST_NODES:
+                    raise WireError(f"it holds more than {MOST_NODES:,} nodes")
+            if stop - begin > LARGEST_TEXT and number not in inner and (kind, number) not in _NUMBERS:
+                raise _too_long(begin, stop)
             if wire == _BYTES and stop - begin > SMALLEST and number in inner:
                 child = inner[number]
                 content = (self._tensor(begin, stop) if child == _TENSOR
@@ -176,13 +189,21 @@ class Scanner:
             if number in _PAYLOADS and wire == _BYTES and stop - begin >= SMALLEST and payload is None:
                 payload = Payload(begin, stop - begin, number)
             elif number in _DATA:
+                if number == _STRINGS and stop - begin > LARGEST_TEXT:
+                    raise _too_long(begin, stop)
                 return self._read(start, end)  # numbers in several pieces, or one by one: left to protobuf
             else:
+                if stop - begin > LARGEST_TEXT:
+                    raise _too_long(begin, stop)
                 others.append((position, stop))
             position = stop
         if payload is None:
             return self._read(start, end)
         return b"".join([self._read(a, b) for a, b in others]) + marker(self._key(payload))
+
+
+def _too_long(begin: int, stop: int) -> WireError:
+    return WireError(f"the text at byte {begin} has {stop - begin} bytes, which no model needs")
 
 
 def marker(key: str) -> bytes:

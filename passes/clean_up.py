@@ -33,7 +33,8 @@ class CleanUp(Pass):
 
     Does not fire on an Identity between an input (an initializer, another output, a value of the graph around) and an
     output, which ONNX needs; on a Dropout that may train; on dead nodes of operator sets it does not know, which may do
-    more than compute; on initializers that are inputs too, which are part of the interface.
+    more than compute; on initializers that are inputs too, which are part of the interface; on a model without outputs, of
+    which nothing would be left.
     """
 
     name: ClassVar[str] = "clean-up"
@@ -41,16 +42,21 @@ class CleanUp(Pass):
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Clean every graph, inner ones too."""
+        if not model.graph.outputs:
+            return self.result(0, [])
         shadowed = shadowed_names(model.graphs())
         refused: list[Refused] = []
         fired = 0
         for _, graph in model.graphs():
+            bypassed = []
             for node in list(graph.nodes):
                 outcome = _bypass(model, graph, node, shadowed)
                 if isinstance(outcome, Refused):
                     refused.append(outcome)
-                else:
-                    fired += outcome
+                elif outcome:
+                    bypassed.append(node)
+            fired += len(bypassed)
+            remove_dead(graph, bypassed)
         for _, graph in reversed(model.graphs()):  # inner ones first: what only they read is dead then
             fired += remove_dead(graph, graph.nodes, _is_pure)
         return self.result(fired + _sweep(model), refused)
@@ -80,8 +86,6 @@ def _bypass(model: Model, graph: gs.Graph, node: gs.Node, shadowed: set[str]) ->
     elif x.name in shadowed:
         return False
     substitute(graph, y, x)
-    if node.outputs:
-        remove_dead(graph, [node])
     return True
 
 

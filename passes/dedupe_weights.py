@@ -106,15 +106,20 @@ def _equal(group: list[_Holder]) -> Iterator[list[_Holder]]:
 
 def _pairs(twins: list[_Holder]) -> Iterator[tuple[_Holder, _Holder]]:
     """Which of ``twins`` takes the place of which: in the same graph, or an initializer in a graph around."""
-    for index, twin in enumerate(twins):
-        if is_output(twin.graph, twin.tensor):
-            continue
-        outputs = [other for other in twins[index + 1:] if other.path == twin.path and is_output(other.graph, other.tensor)]
-        for keeper in (*twins[:index], *outputs):
-            around = keeper.node is None and twin.node is None and twin.path.startswith(f"{keeper.path}/")
-            if (keeper.graph is twin.graph or around) and keeper.tensor.outputs:
-                yield keeper, twin
-                break
+    outputs = [twin for twin in twins if is_output(twin.graph, twin.tensor)]
+    bound = {id(twin) for twin in outputs}
+    kept: list[_Holder] = []
+    for twin in twins:
+        keeper = None if id(twin) in bound else next((one for one in (*kept, *outputs) if _may_stand_for(one, twin)), None)
+        if keeper is None:
+            kept.append(twin)
+        else:
+            yield keeper, twin
+
+
+def _may_stand_for(keeper: _Holder, twin: _Holder) -> bool:
+    around = keeper.node is None and twin.node is None and twin.path.startswith(f"{keeper.path}/")
+    return (keeper.graph is twin.graph or around) and bool(keeper.tensor.outputs)
 
 
 def _share(keeper: _Holder, twin: _Holder) -> None:

@@ -7,15 +7,11 @@ from functools import cached_property
 import onnx
 
 from ..graph.check import check_structure, sort_nodes
-from ..graph.errors import InputError
+from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
 from ..graph.tensors import tensors
 from ..graph.weights import stub_key
 from ..runtime.load import load_complaint
-
-
-class BrokenByPass(Exception):
-    """A pass made a model that is not valid: a fault of ours. The message names the pass and what is wrong."""
 
 
 class Gate:

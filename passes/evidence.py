@@ -105,8 +105,7 @@ class Streams:
               target: Target) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"
-        normed = has_branch_norm(block)
-        to_stream = target == "stream" and pure and (block.join.direct or normed)
+        to_stream = target == "stream" and pure and block.join.direct and not has_branch_norm(block)
         axis = block.axis
         now = [*([block.input] if inputs else []), *([block.hidden] if neurons else [])]
         count = len(now)
@@ -116,8 +115,7 @@ class Streams:
         if not pure:
             now.append(block.output)
             passing.append(block.output.name)
-        before = [block.output, *([block.join.residual] if to_stream else weight_values(block, weight) if pure else []),
-                  *([block.join.branch] if to_stream and normed else [])]
+        before = [block.output, *([block.join.residual] if to_stream else weight_values(block, weight) if pure else [])]
         axes = [block.down.linear.axis if tensor is block.hidden else axis for tensor in now]
         currents = self._now.rows([tensor.name for tensor in now], axes, passing)
         if not pure:
@@ -129,15 +127,5 @@ class Streams:
         for values, (y, *others) in zip(currents, originals, strict=True):
             t = y
             if to_stream and others[0].shape == y.shape == values[-1].shape:
-                behind = others[0].astype(np.float64) - values[-1]
-                t = y + (_before_norm(behind, y, others[1]) if normed else behind)
-            yield values[:count], y, t, token_weights(block, y, [] if normed else others, weight)
-
-
-def _before_norm(change: Array, y: Array, normed: Array) -> Array:
-    """The change of y that changes ``normed``, its norm ``γ y / ‖y‖``, by ``change``, the size of y left as it is."""
-    size = np.sqrt((y.astype(np.float64) ** 2).mean(axis=1, keepdims=True)) + 1e-30
-    unit = y / size
-    scale = (unit * normed).sum(axis=0) / np.maximum((unit ** 2).sum(axis=0), 1e-30)
-    safe = np.abs(scale) > 1e-3 * np.abs(scale).max()
-    return np.where(safe, change / np.where(safe, scale, 1), 0) * size
+                t = y + (others[0].astype(np.float64) - values[-1])
+            yield values[:count], y, t, token_weights(block, y, others, weight)

@@ -47,7 +47,8 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
     specs = input_specs(model)
     if data is None and not synthetic:
         raise InputError("there is nothing to compare on: give real inputs with --data FEEDS, or --synthetic")
-    feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(specs, model=model, count=4)
+    feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(
+        specs, model=model, count=4, provider=provider)
     check = Check(reference, candidate, feeds, per_block=per_block, provider=provider, threads=threads, use_tf32=use_tf32,
                   allow_cpu=allow_cpu, logits=logits, limits=limits)
     with progress(as_json) as tell:

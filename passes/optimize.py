@@ -113,7 +113,7 @@ def _feeds(job: Job, model: Model) -> Split | None:
     if job.data is not None:
         return load_split(job.data, input_specs(model), bool(job.plan.needs_feeds))
     if job.synthetic:
-        return divide(synthetic_feeds(input_specs(model), model=model, count=4), False)
+        return divide(synthetic_feeds(input_specs(model), model=model, count=4, provider=job.provider), False)
     return None
 
 

@@ -57,6 +57,6 @@ def output_error(model: Model, block: FFNBlock, context: Context) -> float:
     if same is None:
         return float("inf")
     bypass(trial, same, None)
-    drift = compare(model, trial, context.choose, provider=context.provider, threads=context.threads)
+    drift = compare(model, trial, context.choose, provider=context.provider, threads=context.threads, allow_cpu=True)
     errors = [metrics["rel_l2"] for metrics in drift.to_json()["outputs"].values() if metrics.get("rel_l2") is not None]
     return float(np.mean(errors)) if errors else float("inf")

@@ -23,7 +23,7 @@ _THROUGH = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "E
 
 
 def synthetic_feeds(inputs: Sequence[InputSpec] | Model, shapes: Mapping[str, tuple[int, ...]] | None = None, *,
-                    count: int = 1, seed: int = 0, model: Model | None = None) -> Feeds:
+                    count: int = 1, seed: int = 0, model: Model | None = None, provider: str = "cpu") -> Feeds:
     """Feeds made up from the input specification, the same for the same arguments.
 
     Masks are ones, token type ids zeros, positions 0, 1, 2, …, other integers random token ids below 100, floats standard
@@ -36,6 +36,7 @@ def synthetic_feeds(inputs: Sequence[InputSpec] | Model, shapes: Mapping[str, tu
         count: how many feeds.
         model: bounds token ids by the rows of the embedding they index, and shortens a sequence until the model runs
             (128, 64, 32, 16, 8): a table of positions takes no more tokens than it has rows, 77 in CLIP.
+        provider: where it is tried; the CPU has no kernels for some models (in bfloat16, say).
 
     Raises:
         InputError: ``shapes`` names no input or contradicts a fixed dimension, or an input is no tensor.
@@ -61,7 +62,7 @@ def synthetic_feeds(inputs: Sequence[InputSpec] | Model, shapes: Mapping[str, tu
     longest, is_open = feeds_of(_LENGTHS[0])
     if model is None or not is_open or not count:
         return longest
-    session = open_session(model)
+    session = open_session(model, provider=provider)
     return next((feeds for feeds in (feeds_of(tokens)[0] for tokens in _LENGTHS) if _runs(session, feeds[0])), longest)
 
 

@@ -87,10 +87,12 @@ class Plan:
         return yaml.safe_dump(self.entries(), sort_keys=False)
 
 
-EXACT_PLAN = ("clean-up", "dedupe-weights", "drop-neurons", "fold-norm", "fold-bias", "fuse-matmul", "merge-linears")
+EXACT_PLAN = ("clean-up", "dedupe-weights", "canonicalize-ffn", "drop-neurons", "fold-norm", "fold-bias", "fuse-matmul",
+              "merge-linears")
 """The exact passes, as texts for :meth:`Plan.parse`, in this order:
 
 * ``clean-up`` first, so that the others see through Identity; ``dedupe-weights`` next, so that they know what is shared;
+* ``canonicalize-ffn`` before what folds, which then meets fewer forms, and no Reshape between a norm and a linear;
 * then what folds, and ``merge-linears`` last, which goes by what the others left (and does nothing unless it is forced).
 """
 

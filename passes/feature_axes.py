@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,5 +190,6 @@ def _expand(node: gs.Node, value: FeatureAxes) -> FeatureAxes | None:
     return FeatureAxes(np.tile(value.numbers, repeats), tuple(axes))
 
 
-_RULES = {"Reshape": _reshape, "Transpose": _transpose, "Unsqueeze": _unsqueeze, "Expand": _expand,
-          "Identity": lambda node, value: value}
+_RULES: Mapping[str, Callable[[gs.Node, FeatureAxes], FeatureAxes | None]] = {
+    "Reshape": _reshape, "Transpose": _transpose, "Unsqueeze": _unsqueeze, "Expand": _expand,
+    "Identity": lambda node, value: value}

@@ -14,6 +14,8 @@ from . import bias_rules
 from .base import Context, Pass, PassResult, Refused
 from .value_bias import fold_value_bias
 
+_Rule = Callable[[Model, gs.Graph, gs.Node], bool | Refused]
+
 
 @dataclass(frozen=True)
 class FoldBias(Pass):
@@ -43,7 +45,9 @@ class FoldBias(Pass):
         fired = 0
         refused: dict[tuple[str, str], Refused] = {}
         for path, graph in model.graphs():
-            rules = (*_RULES, partial(fold_value_bias, context=context)) if path == "main" else _RULES
+            rules = [*_RULES]
+            if path == "main":
+                rules.append(partial(fold_value_bias, context=context))
             changed = True
             while changed:
                 changed = False
@@ -60,6 +64,6 @@ class FoldBias(Pass):
         return self.result(fired, list(refused.values()))
 
 
-_RULES: tuple[Callable[[Model, gs.Graph, gs.Node], bool | Refused], ...] = (
+_RULES: tuple[_Rule, ...] = (
     bias_rules.drop_zero, bias_rules.merge_adds, bias_rules.into_following_linear, bias_rules.into_product,
     bias_rules.norm_shift)

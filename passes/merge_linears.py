@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -146,7 +146,7 @@ def _merge(model: Model, graph: gs.Graph, group: list[Linear]) -> None:
 def _split(model: Model, build: Builder, merged: gs.Tensor, group: list[Linear]) -> None:
     """Let a Split of ``merged`` give what the linears of ``group`` gave."""
     widths = [linear.d_out for linear in group]
-    attrs: dict[str, object] = {"axis": -1 if model.opset >= 11 else (_rank(group[0]) or 0) - 1}
+    attrs: dict[str, Any] = {"axis": -1 if model.opset >= 11 else (_rank(group[0]) or 0) - 1}
     inputs: list[gs.Tensor] = [merged]
     if len(set(widths)) > 1 and model.opset >= 13:
         inputs.append(build.integers(widths, "widths"))

@@ -45,6 +45,19 @@ def threads() -> Decorator:
     return click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads inside an operator.")
 
 
+def percent(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """``5`` or ``5%`` as a number, not negative."""
+    if value is None:
+        return None
+    try:
+        number = float(value.strip().removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise click.BadParameter(f"'{value}' is no percentage: write it like 5%", context, parameter)
+    return number
+
+
 def max_drift() -> Decorator:
     """``--max-drift``."""
     return click.option("--max-drift", "max_drift", multiple=True, metavar="METRIC[@OUTPUT]=VALUE",

@@ -10,18 +10,23 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+
+from .. import __version__
 from .onnx_runtime import onnx_runtime
 
 
 def machine(provider: str, threads: int | None, use_tf32: bool) -> dict[str, Any]:
-    """What a reader needs to know of it: processor, cores, system, ONNX Runtime, threads.
+    """What a reader needs to know of it: processor, cores, memory, system, versions, threads.
 
     On CUDA also the GPU, its driver, the CUDA that ONNX Runtime was built with, and whether TF32 was allowed; else null.
     """
     cuda = provider == "cuda"
     gpu, driver = _gpu() if cuda else (None, None)
-    return {"cpu": _cpu_model(), "cores": available_cores(), "os": platform.platform(),
-            "python": platform.python_version(), "onnxruntime": onnx_runtime().__version__, "threads": threads,
+    return {"cpu": _cpu_model(), "cores": available_cores(), "memory_bytes": _memory_bytes(), "os": platform.platform(),
+            "python": platform.python_version(), "onnxruntime": onnx_runtime().__version__, "onnx": onnx.__version__,
+            "numpy": np.__version__, "ffnfold": __version__, "threads": threads,
             "gpu": gpu, "driver": driver, "cuda": getattr(onnx_runtime(), "cuda_version", None) if cuda else None,
             "tf32": use_tf32 if cuda else None}
 
@@ -65,6 +70,13 @@ def _status_bytes(key: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return None
 
 
 def _cpu_model() -> str:

@@ -88,16 +88,20 @@ class Placement:
 def read_trace(path: Path) -> Placement:
     """The placement in a profile that ONNX Runtime wrote. Events that cannot be read are left out: it does not escape names."""
     found: dict[tuple[str, str, str], PlacedNode] = {}
-    for event in _events(path.read_text(encoding="utf-8", errors="replace")):
-        details = event.get("args", {})
-        name = str(event.get("name", ""))
-        if event.get("cat") != "Node" or not name.endswith("_kernel_time") or "provider" not in details:
-            continue
+    for name, details in kernel_events(path.read_text(encoding="utf-8", errors="replace")):
         op = str(details.get("op_name", ""))
         values = [*(() if op in _READ_SHAPES else details.get("input_type_shape", ())), *details.get("output_type_shape", ())]
-        node = PlacedNode(name.removesuffix("_kernel_time"), op, details["provider"], tuple(_sizes(values)))
+        node = PlacedNode(name, op, details["provider"], tuple(_sizes(values)))
         found.setdefault((node.name, str(details.get("node_index", "")), node.provider), node)
     return Placement(tuple(found.values()))
+
+
+def kernel_events(trace: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Name of a node and what a profile says of its run, for each run of each node."""
+    for event in _events(trace):
+        details, name = event.get("args", {}), str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time") and "provider" in details:
+            yield name.removesuffix("_kernel_time"), details
 
 
 def _events(text: str) -> Iterable[dict[str, Any]]:

@@ -23,7 +23,7 @@ _RESAMPLES = 2000
 
 def race(sources: Sequence[Source | Variant], feeds: Feeds, *, provider: str = "cpu", threads: int | None = None,
          cuda_graph: bool = False, use_tf32: bool = False, allow_cpu: bool = False, seconds: float = 10.0,
-         min_rounds: int = 15, max_rounds: int = 2000,
+         min_rounds: int = 15, max_rounds: int = 2000, keep_times: bool = False,
          progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Time models against the first of them.
 
@@ -38,6 +38,7 @@ def race(sources: Sequence[Source | Variant], feeds: Feeds, *, provider: str = "
         use_tf32: whether CUDA may round float32 operands of MatMul to TF32.
         allow_cpu: accept nodes that compute on the CPU though CUDA was asked for.
         seconds: how long to go on, all models together; at least ``min_rounds``, at most ``max_rounds`` rounds.
+        keep_times: each entry of ``models`` has ``times_ms`` too, one a round.
         progress: called now and then with the rounds done and the rounds there will be, as far as is known.
 
     Returns:
@@ -63,10 +64,14 @@ def race(sources: Sequence[Source | Variant], feeds: Feeds, *, provider: str = "
     entrants = [Entrant(variant, used, provider=provider, threads=threads, cuda_graph=cuda_graph, use_tf32=use_tf32,
                         warm_up=3, allow_cpu=allow_cpu) for variant in variants]
     times = _rounds(entrants, len(used), [True, False] if cuda_graph else [False], seconds, min_rounds, max_rounds, progress)
+    rows = [_row(entrant, times[:, place]) for place, entrant in enumerate(entrants)]
+    if keep_times:
+        for place, row in enumerate(rows):
+            row["times_ms"] = times[:, place, 0].tolist()
     return {"machine": {**machine(provider, threads, use_tf32), "cuda_graph": cuda_graph, "feeds": feeds.kind,
                         "rounds": len(times)},
             "provider": provider,
-            "models": [_row(entrant, times[:, place]) for place, entrant in enumerate(entrants)],
+            "models": rows,
             "ratios": [{"model": entrant.variant.title, **_ratios(times[:, 0] / times[:, place])}
                        for place, entrant in enumerate(entrants) if place]}
 

@@ -21,7 +21,8 @@ from ffnfold.graph.model import Model
 from ffnfold.passes.options import describe, make
 from ffnfold.passes.plan import Plan, default_plan
 from ffnfold.passes.registry import PASSES
-from ffnfold.runtime import parse_limit, parse_shape
+from ffnfold.runtime import parse_limit
+from ffnfold.runtime.grid import parse_grid
 from ffnfold.runtime.limits import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +95,7 @@ def parse(words: list[str]) -> None:
     Plan.parse(given.get("passes") or ())
     for text in given.get("max_drift") or ():
         parse_limit(text)
-    for text in given.get("shapes") or ():
-        parse_shape(text)
+    parse_grid(given.get("shapes") or ())
 
 
 @every_page

@@ -40,7 +40,7 @@ class Linear:
         axis: where the features are, counted from the end: -1, or the channel axis of a Conv.
         source: the initializer (or Constant attribute) that holds the weight.
         quantized: the weight is stored as integers.
-        experts: matrices packed in one weight.
+        experts: matrices packed in one weight. packed: the weight has a third axis for them, though it may be one matrix.
         gathered: the matrices are picked from the packed weight at run time.
         overridable: the weight is an input of the graph with a default.
         weight_key: equal for two linears that read the same weight in the same way; None where it has no initializer.
@@ -61,6 +61,7 @@ class Linear:
     source: gs.Constant | None = None
     quantized: bool = False
     experts: int = 1
+    packed: bool = False
     gathered: bool = False
     fused_activation: tuple[str, dict[str, Any]] | None = None
     overridable: bool = False
@@ -107,8 +108,8 @@ def _plain(node: gs.Node, x: gs.Tensor, weight: gs.Tensor, trans: bool, alpha: f
     experts = folded.shape[0] if len(folded.shape) == 3 else 1
     return Linear(node.op, node, [node], x, node.outputs[0], d_in, d_out, _scaled(load, alpha), None,
                   folded.onnx_type, axis=axis, source=folded.sources[0] if folded.sources else None,
-                  quantized=folded.quantized, experts=experts, gathered=gathered, overridable=folded.overridable,
-                  weight_key=_weight_key(folded, weight, trans))
+                  quantized=folded.quantized, experts=experts, packed=len(folded.shape) == 3, gathered=gathered,
+                  overridable=folded.overridable, weight_key=_weight_key(folded, weight, trans))
 
 
 def _weight_key(folded: Folded, weight: gs.Tensor, trans: bool) -> tuple[object, ...] | None:
@@ -147,7 +148,7 @@ def _gemm(node: gs.Node) -> Linear | None:
             return None
         x = turned.inputs[0]
     linear = _plain(node, x, node.inputs[1], bool(attrs.get("transB", 0)), float(attrs.get("alpha", 1.0)))
-    if linear is None or linear.experts != 1:
+    if linear is None or linear.packed:
         return None
     if len(node.inputs) > 2 and node.inputs[2].name:
         bias = _vector(node.inputs[2], linear.d_out)

@@ -24,7 +24,7 @@ def can_be_whole(block: FFNBlock, core: Core) -> bool:
     """Whether ``block`` flattens rows, and is sure to give them back as it got them."""
     if block.axis != -1 or all(node.op != "Reshape" for node in block.nodes):
         return False
-    if any(linear.kind not in ("MatMul", "Gemm") or linear.experts != 1 or linear.gathered or linear.axis != -1
+    if any(linear.kind not in ("MatMul", "Gemm") or linear.packed or linear.gathered or linear.axis != -1
            or linear.node.attrs.get("transA", 0) for linear in block.linears()):
         return False
     inside = {id(node) for node in core.nodes} | {id(node) for linear in block.linears() for node in linear.nodes}

@@ -92,8 +92,8 @@ class _Findings:
 
 
 def _reason_against(block: FFNBlock) -> str | None:
-    if block.experts != 1 or any(linear.gathered for linear in block.linears()):
-        return "its experts are packed in one weight"
+    if any(linear.packed or linear.gathered for linear in block.linears()):
+        return "its weights have a third axis, for experts"
     if block.quantized:
         return "its weights are quantized"
     if any(projection is not None and projection.columns is not None for projection in (block.up, block.gate)):

@@ -131,7 +131,7 @@ def _readers(graph: gs.Graph, tensor: gs.Tensor, depth: int = 4) -> list[Linear]
 def _reason_against(norm: Norm, linears: list[Linear]) -> str | None:
     shifted = norm.shift is not None and bool(norm.shift.load().any())
     for linear in linears:
-        if linear.kind not in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm") or linear.axis != -1 or linear.experts != 1:
+        if linear.kind not in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm") or linear.axis != -1 or linear.packed:
             return "a linear that reads the norm is of a form that is not folded into"
         if linear.d_in != norm.width or linear.gathered:
             return "a linear that reads the norm is of another width"

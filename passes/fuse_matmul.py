@@ -127,7 +127,7 @@ def _pair(graph: gs.Graph, second: Linear, linears: dict[int, Linear]) -> _Pair 
 def _reason_against(pair: _Pair) -> str | None:
     """Why the pair stays two, "" where that goes without saying, None where it can be fused."""
     first, second = pair.first, pair.second
-    if first.experts != 1 or second.experts != 1 or first.gathered or second.gathered or first.fused_activation:
+    if first.packed or second.packed or first.gathered or second.gathered or first.fused_activation:
         return ""
     if first.d_in * second.d_out >= first.d_out * (first.d_in + second.d_out):
         return ""

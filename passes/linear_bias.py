@@ -40,7 +40,7 @@ def is_fixed(linear: Linear) -> bool:
 
 def takes_bias(linear: Linear, width: int) -> bool:
     """Whether something can be added to the bias of ``linear``, which reads ``width`` features, without another node."""
-    if linear.quantized or linear.experts != 1 or linear.gathered or linear.axis != -1 or linear.overridable:
+    if linear.quantized or linear.packed or linear.gathered or linear.axis != -1 or linear.overridable:
         return False
     if width not in (1, linear.d_in) or linear.kind not in ("MatMul", "Gemm", "FusedMatMul"):
         return False

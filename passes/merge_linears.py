@@ -71,7 +71,7 @@ def _groups(model: Model, graph: gs.Graph) -> Iterator[list[Linear]]:
 
 def _can_be_merged(model: Model, graph: gs.Graph, linear: Linear) -> bool:
     node = linear.node
-    if linear.kind not in ("MatMul", "Gemm") or linear.axis != -1 or linear.experts != 1 or linear.gathered:
+    if linear.kind not in ("MatMul", "Gemm") or linear.axis != -1 or linear.packed or linear.gathered:
         return False
     if linear.quantized or linear.overridable or linear.onnx_type not in FLOATS:
         return False

@@ -100,6 +100,8 @@ def _added(node: gs.Node, axis: int, linears: Mapping[int, Linear], depth: int) 
             return None  # elsewhere a bias stands next to its linear
         if folded.shape[-1:] != cut.columns.shape or folded.size != len(cut.columns):
             return None
+        if folded.experts != 1 and not cut.linear.gathered:
+            return None
         behind = cut.behind(node)
         behind.added.append((folded, np.arange(len(cut.columns))))
         return behind

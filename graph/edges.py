@@ -79,7 +79,7 @@ def _behind(down: Linear) -> tuple[gs.Tensor, list[gs.Node], list[Callable[[], A
         node = readers[0]
         if node.op == "Add" and (passed or down.experts != 1):
             other = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
-            folded = (fold(other) or picked(other)) if other is not tensor else None
+            folded = (fold(other) or (picked(other) if down.gathered else None)) if other is not tensor else None
             if folded is None or folded.shape[-1:] != (down.d_out,) or folded.size != down.d_out:
                 break
             return node.outputs[0], [*passed, node], [folded.load]

@@ -154,7 +154,7 @@ class Walker:
             leaf = self._leaf(tensor, axis, down.d_in, region)
             if leaf:
                 continue
-            folded = fold(tensor) or picked(tensor)
+            folded = fold(tensor) or (picked(tensor) if down.gathered else None)  # else it is an embedding
             if folded is not None:
                 constants[id(tensor)], names[id(tensor)] = folded, tensor.name
                 continue

@@ -242,7 +242,8 @@ def _search(model: Model) -> FFNBlocks:
     for path, graph, nodes in graphs:
         by_node = {id(linear.node): linear for linear in linears.values()}
         order += [(path, graph, by_node[id(node)]) for node in nodes if id(node) in by_node]
-    walker, ancestors = Walker(linears), Ancestors(positions)
+    walls = {id(linear.node) for linear in linears.values()}
+    walker, ancestors = Walker(linears), Ancestors(positions, walls)
     found = FFNBlocks([], [])
     for path, graph, down in order:
         result = _block(path, graph, down, walker, ancestors, exits)

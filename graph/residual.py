@@ -8,7 +8,7 @@ block's input was computed from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -48,22 +48,24 @@ class Join:
 
 
 class Ancestors:
-    """What a value was computed from, remembered from call to call.
+    """What a value was read from: computed without any linear in between, so that it is on the same stream.
 
     Args:
         positions: the place of each node in a topological order, by identity: an ancestor comes earlier, so the search
             never looks behind the values it is asked about.
+        walls: the nodes of linears, by identity: the search does not look behind them.
     """
 
-    def __init__(self, positions: dict[int, int]) -> None:
+    def __init__(self, positions: Mapping[int, int], walls: Container[int]) -> None:
         self._positions = positions
+        self._walls = walls
 
     def _place(self, tensor: gs.Tensor) -> int:
         node = producer(tensor)
         return -1 if node is None else self._positions.get(id(node), -1)
 
     def any(self, candidates: Iterable[gs.Tensor], of: gs.Tensor, limit: int = 4000) -> gs.Tensor | None:
-        """The first of ``candidates`` that ``of`` was computed from (or is)."""
+        """The first of ``candidates`` that ``of`` was read from (or is)."""
         wanted: dict[int, gs.Tensor] = {}
         for tensor in candidates:
             wanted[id(tensor)] = tensor
@@ -79,7 +81,7 @@ class Ancestors:
             if id(tensor) in wanted:
                 return wanted[id(tensor)]
             node = producer(tensor)
-            if node is None or self._place(tensor) <= earliest:
+            if node is None or id(node) in self._walls or self._place(tensor) <= earliest:
                 continue
             for source in reversed(reads(node)):
                 if id(source) not in seen and not isinstance(source, gs.Constant):

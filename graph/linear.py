@@ -18,6 +18,7 @@ from .constant import Array, Folded, fold
 from .edit import consumers, producer
 from .nbits import dequantize_nbits
 from .picked import picked
+from .row_quantized import row_quantized
 from .types import FLOATS
 
 MICROSOFT = "com.microsoft"
@@ -269,9 +270,12 @@ def _dynamic_quantize_matmul(node: gs.Node) -> Linear | None:
 
 def _integer_to_float(node: gs.Node) -> Linear | None:
     quantize = producer(node.inputs[0])
+    weight = _integer_weight(node.inputs[1], node.inputs[3], _input(node, 5))
+    by_row = row_quantized(node)
+    if by_row is not None:
+        return _integer(node, by_row.input, [*by_row.before, node, *by_row.after], weight, by_row.output, _input(node, 6))
     if quantize is None or quantize.op != "DynamicQuantizeLinear":
         return None
-    weight = _integer_weight(node.inputs[1], node.inputs[3], _input(node, 5))
     return _integer(node, quantize.inputs[0], [quantize, node], weight, node.outputs[0], _input(node, 6))
 
 

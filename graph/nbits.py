@@ -18,6 +18,24 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     return spread.reshape(*packed.shape[:-1], -1)
 
 
+def pack_nbits(codes: npt.NDArray[np.int8], bits: int, block: int) -> npt.NDArray[np.uint8]:
+    """The codes of a matrix as MatMulNBits stores them where it has no zero points.
+
+    Args:
+        codes: ``[d_in, d_out]``, between −2^(bits−1) and 2^(bits−1) − 1.
+
+    Returns:
+        ``[d_out, blocks, block · bits / 8]``; inputs that fill the last block up have the code 0.
+    """
+    d_in, d_out = codes.shape
+    columns = np.zeros((d_out, -(-d_in // block) * block), np.int16)
+    columns[:, :d_in] = codes.T
+    numbers: npt.NDArray[np.uint8] = (columns + (1 << (bits - 1))).astype(np.uint8)
+    if bits == 4:
+        numbers = (numbers[:, ::2] | (numbers[:, 1::2] << 4)).astype(np.uint8)
+    return numbers.reshape(d_out, -1, block * bits // 8)
+
+
 def dequantize_nbits(packed: npt.NDArray[Any], scales: npt.NDArray[Any], zeros: npt.NDArray[Any] | None,
                      d_in: int, d_out: int, bits: int, block: int) -> npt.NDArray[Any]:
     """The matrix a MatMulNBits multiplies by.

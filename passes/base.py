@@ -60,6 +60,7 @@ class PassResult:
         fired: how many places it rewrote.
         refused: what it left alone and why.
         seconds: wall time, checks included.
+        notes: what the user should know besides, a sentence each.
     """
 
     name: str
@@ -67,6 +68,7 @@ class PassResult:
     fired: int
     refused: list[Refused]
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The entry of the contract."""
@@ -116,9 +118,9 @@ class Pass:
         """Rewrite ``model`` in place."""
         raise NotImplementedError
 
-    def result(self, fired: int, refused: Sequence[Refused]) -> PassResult:
+    def result(self, fired: int, refused: Sequence[Refused], notes: Sequence[str] = ()) -> PassResult:
         """What this pass did."""
-        return PassResult(self.name, self.exact, fired, list(refused))
+        return PassResult(self.name, self.exact, fired, list(refused), notes=tuple(notes))
 
 
 @dataclass(frozen=True)

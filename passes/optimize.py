@@ -16,13 +16,15 @@ from ..graph.model import Model
 from ..graph.save import Staged
 from ..graph.store import read_model
 from ..graph.weights import StoredValues
-from ..runtime import Feeds, Limit, compare, race, synthetic_feeds
+from ..runtime import Drift, Feeds, Limit, Variant, compare, race, synthetic_feeds
 from ..runtime.specs import input_specs
 from .base import PassResult
 from .exact_part import ExactPart, moved
+from .per_block import drift_per_block
 from .plan import Plan
 from .runner import run_plan
 from .split import Split, divide, load_split
+from .verification import Verification, spread
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Job:
         limits: on the drift.
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
+        detailed: also the drift of each block, and the time of each run.
         external: weights in a data file; None: as the input has them.
     """
 
@@ -53,6 +56,7 @@ class Job:
     limits: Sequence[Limit] = field(default_factory=tuple)
     strict: bool = False
     verify: bool = True
+    detailed: bool = False
     external: bool | None = None
 
 
@@ -60,7 +64,9 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     """Do ``job``.
 
     Returns:
-        The contract's object of ``optimize``, and ``notes``: sentences for people.
+        The contract's object of ``optimize``, and ``notes``: sentences for people. Where it was to be ``detailed`` and there
+        are feeds, ``details`` holds ``drift``, ``verify``'s object with its blocks, and ``timing``, ``bench``'s object with
+        ``times_ms``.
 
     Raises:
         InputError: bad input; nothing is written then.
@@ -89,6 +95,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
         staged = _copy(model, job)
     with staged:
         report = _measure(job, model, results, exact, staged, split, progress)
+        report["notes"] += [f"{result.name}: {note}" for result in results for note in result.notes]
         report["notes"] += _notes(job, split, fired, report)
         if report["ok"] or not job.strict:
             staged.commit()
@@ -152,11 +159,22 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     report["equivalence"] = exact.report(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads)
     report["notes"] += moved(report["equivalence"])
     progress("timing")
-    timing = race([job.model, staged.temporary], feeds, provider=job.provider, threads=job.threads, use_tf32=job.use_tf32,
+    variants = [Variant(job.model), Variant(staged.temporary, name=str(job.output))]
+    timing = race(variants, feeds, keep_times=job.detailed, provider=job.provider, threads=job.threads, use_tf32=job.use_tf32,
                   allow_cpu=job.allow_cpu)
-    report["speed"] = {**timing["ratios"][-1], "model": str(job.output)}
+    report["speed"] = timing["ratios"][-1]
     report["machine"] = timing["machine"]
+    if job.detailed:
+        report["details"] = {"drift": _by_block(job, staged.temporary, feeds, drift, progress), "timing": timing}
     return report
+
+
+def _by_block(job: Job, candidate: Path, feeds: Feeds, drift: Drift, progress: Callable[[str], None]) -> dict[str, Any]:
+    """``verify``'s object with its blocks."""
+    some = spread(feeds)
+    blocks = drift_per_block(Model.load(job.model), Model.load(candidate), some, provider=job.provider, threads=job.threads,
+                             use_tf32=job.use_tf32, progress=lambda done, total: progress(f"block {done} of {total}"))
+    return Verification(drift, blocks, len(some)).to_json()
 
 
 def _bytes_on_disk(model: Model) -> int:

@@ -1,4 +1,4 @@
-"""quantize-ffn: FFN weights to int8."""
+"""quantize-ffn: weights of FFN blocks, and of other linears, to integers."""
 
 from __future__ import annotations
 
@@ -7,42 +7,96 @@ from typing import ClassVar, Literal
 
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from .base import BlockPass, Context, Refused, Rewritten
-from .dynamic_int8 import quantize_block
-from .weight_only_int8 import quantize_weights
+from ..runtime.processor import products_saturate
+from .base import BlockPass, Context, PassResult, Refused
+from .linear_groups import LinearGroup, block_groups, merged
+from .other_linears import other_groups
+from .quantize_unit import Form, Recipe, Unit, quantize_units, smooth_units
+from .weight_codes import Rounding
+
+_BLOCK = {4: 32, 8: 128}
+_STRENGTH = {"norm": 1.0, "feeds": 0.7}
 
 
 @dataclass(frozen=True)
 class QuantizeFFN(BlockPass):
-    """Store the weights of FFN blocks as int8, one scale per output column, and multiply in integers where that pays.
+    """Store weights as integers with a scale for each output column, and multiply in integers where that pays.
 
         Ŵ[i, j] = round(W[i, j] / s[j]),  s[j] = max_i |W[i, j]| / 127
 
-    ``form=dynamic`` (CPU) quantizes the activations too, at run time, one scale for the tensor:
-    DynamicQuantizeLinear → MatMulInteger → Cast → Mul, which ONNX Runtime fuses. Since that one scale is ruined by a single
-    outlier token, ``row_scale`` divides each row by its largest magnitude first, which is exact algebra:
+    ``form=dynamic`` (``target=cpu``) quantizes the activations too, at run time, with one scale for the tensor:
+    DynamicQuantizeLinear → MatMulInteger → Cast → Mul, which ONNX Runtime fuses, bias and all. That one scale is ruined by an
+    outlier channel or an outlier token, so
 
-        r = max |x| over the last axis,   y = r · ((x / r) W)
+        x W = (x / s) (diag(s) W)                           channels (``smooth``): SmoothQuant, arXiv 2211.10438
+        x W = r · ((x / r) W),  r = max |x| of each row     tokens (``row_scale``): vector-wise quantization, arXiv 2208.07339
 
-    Behind an ungated GELU or SiLU, whose values never fall below −0.28, r = max(max h, 0.28) saves a pass over h.
-    Linears that read the same value share one r and one quantization.
+    both exact algebra. ``smooth=norm`` knows the channels of a post-LN residual stream from the scale and shift of its
+    LayerNorm, without any input; ``smooth=feeds`` measures them everywhere. ``row_scale=auto`` spends rows where channels were
+    not smoothed, and on the down projections: behind an ungated activation that never falls far below zero r = max(max h,
+    floor) needs no |h|, and as x / r lies in a known range, its quantization is a constant and needs no search for the largest
+    and smallest number. Linears that read the same value share one quantization.
 
-    ``form=weight-only`` (CUDA, and one token at a time) keeps the activations in float: DequantizeLinear in front of the
-    MatMul, which ONNX Runtime turns into MatMulNBits.
+    ``form=nbits`` (``target=cuda``, ``bits=4``) writes MatMulNBits: 4 or 8 bits, a scale for each block of inputs.
+    ``form=weight-only`` writes DequantizeLinear in front of the MatMul, standard operators for any runtime.
 
     Convolutions and packed experts have no integer kernel of this kind: they get ``weight-only`` whatever the form.
     Does not fire on weights that are stored as integers already, that the caller may override, or that are not finite.
 
-    Source: ONNX operators DynamicQuantizeLinear, MatMulInteger, DequantizeLinear; row scaling: arXiv 2208.07339 (vector-wise
-    quantization).
+    Source: ONNX operators DynamicQuantizeLinear, MatMulInteger, QuantizeLinear, DequantizeLinear; ONNX Runtime operators
+    MatMulIntegerToFloat, MatMulNBits.
     """
 
     name: ClassVar[str] = "quantize-ffn"
     exact: ClassVar[bool] = False
-    form: Literal["dynamic", "weight-only"] = field(default="dynamic", metadata={"help": "integer kernels, or storage only"})
-    row_scale: bool = field(default=True, metadata={"help": "scale each row of the activations by its own maximum"})
-    reduced_range: bool = field(default=False, metadata={
-        "help": "7-bit weights, for CPUs without VNNI, where sums of int8 products saturate"})
+    target: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "what picks the form"})
+    form: Literal["by-target", "dynamic", "nbits", "weight-only"] = field(default="by-target", metadata={
+        "help": "integer kernels, blocks of integers, or storage only"})
+    bits: Literal[8, 4] = field(default=8, metadata={"help": "of a stored weight"})
+    block_size: int | None = field(default=None, metadata={"help": "inputs that share a scale, for nbits and weight-only"})
+    also: Literal["nothing", "attention", "everything"] = field(default="nothing", metadata={
+        "help": "other linears too: those of attention, or also the head"})
+    row_scale: Literal["auto", "true", "false"] = field(default="auto", metadata={
+        "help": "scale each row of the activations by its own maximum: where it pays, everywhere, nowhere"})
+    smooth: Literal["norm", "feeds", "none"] = field(default="norm", metadata={
+        "help": "take large channels out of the activations, known from the norm or from feeds"})
+    strength: float | None = field(default=None, metadata={"help": "of smoothing, 0 to 1"})
+    scale: Literal["max", "percentile", "mse"] = field(default="max", metadata={"help": "what a scale is taken from"})
+    percentile: float = field(default=99.9, metadata={"help": "for scale=percentile"})
+    bias_correction: bool = field(default=False, metadata={"help": "take the mean error out of the bias (feeds)"})
+    gptq: bool = field(default=False, metadata={"help": "let later roundings undo the error of earlier ones (feeds)"})
+    reduced_range: Literal["auto", "true", "false"] = field(default="auto", metadata={
+        "help": "7-bit weights, where sums of int8 products saturate: x86 without VNNI"})
+
+    def __post_init__(self) -> None:
+        """Check that the options fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.form == "dynamic" and self.bits == 4:
+            raise ValueError("form=dynamic has kernels for 8 bits only: leave the form out, or take form=nbits")
+        if self.form == "weight-only" and self.bits == 4:
+            raise ValueError("form=weight-only has 8 bits: for 4 take form=nbits")
+        if self.block_size is not None and self._form == "dynamic":
+            raise ValueError("form=dynamic has one scale for a column: block_size is for form=nbits and form=weight-only")
+        if self.block_size is not None and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
+            raise ValueError(f"block_size={self.block_size}: take a power of two from 16 on")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ValueError(f"strength={self.strength}: lies between 0 and 1")
+        if not 50 <= self.percentile <= 100:
+            raise ValueError(f"percentile={self.percentile}: lies between 50 and 100")
+
+    @property
+    def _form(self) -> Form:
+        if self.form != "by-target":
+            return self.form
+        return "nbits" if self.bits == 4 or self.target == "cuda" else "dynamic"
+
+    @property
+    def needs_feeds(self) -> bool:
+        """Where something is measured."""
+        return self.smooth == "feeds" or self.bias_correction or self.gptq
 
     def check(self, block: FFNBlock) -> Refused | None:
         """Only float weights that stay what they are."""
@@ -54,13 +108,61 @@ class QuantizeFFN(BlockPass):
             return Refused("an activation is fused into its projection", block.output.name)
         return None
 
-    def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
-        """Quantize the linears of one block."""
-        whole = block.axis == -1 and all(linear.experts == 1 and not linear.gathered and linear.axis == -1
-                                         for linear in block.linears())
-        largest = 63 if self.reduced_range else 127
-        if self.form == "dynamic" and whole:
-            if model.opset < 11:
-                return Refused(f"DynamicQuantizeLinear needs opset 11, the model has {model.opset}", block.output.name)
-            return quantize_block(model, block, self.row_scale, largest, context.memo)
-        return quantize_weights(model, block, largest)
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Quantize the chosen blocks, and the other linears where they are asked for."""
+        recipe, notes = self._recipe()
+        units, refused = self._units(model, context)
+        needed = {"dynamic": 11, "nbits": 1, "weight-only": 10}[recipe.form]
+        if model.opset < needed:
+            refused += [unit.refused(f"the form needs opset {needed}, the model has {model.opset}") for unit in units]
+            units = []
+        smooth_units(model, units, recipe, context)
+        fired = 0
+        for unit, refusal in quantize_units(model, units, recipe, context):
+            context.progress(f"{self.name}: {unit.groups[0].name}")
+            if refusal is not None:
+                refused.append(refusal)
+            fired += refusal is None
+        return self.result(fired, sorted(refused, key=lambda each: -1 if each.block is None else each.block), notes)
+
+    def _recipe(self) -> tuple[Recipe, list[str]]:
+        """What the options come to on this machine, and sentences about it."""
+        notes = []
+        largest = 127 if self.bits == 8 else 7
+        form = self._form
+        block = (self.block_size or _BLOCK[self.bits]) if form == "nbits" else self.block_size
+        if form == "dynamic":
+            narrow = self.reduced_range == "true"
+            if self.reduced_range == "auto" and products_saturate():
+                narrow = True
+                notes.append("this processor has no VNNI: weights of 7 bits, as sums of int8 products saturate "
+                             "(reduced_range=false for a processor that has it)")
+            largest = 63 if narrow else 127
+        strength = self.strength if self.strength is not None else _STRENGTH.get(self.smooth, 1.0)
+        rounding = Rounding(largest, self.bits, block, self.scale, self.percentile)
+        return Recipe(form, rounding, self.row_scale, self.smooth, strength, self.gptq, self.bias_correction,
+                      self.target != "cuda"), notes
+
+    def _units(self, model: Model, context: Context) -> tuple[list[Unit], list[Refused]]:
+        """What is to be quantized, in order of execution, and what is not."""
+        there, refused = context.ledger.select(self.blocks)
+        groups: list[LinearGroup] = []
+        index_of: dict[int, int] = {}
+        for index, block in there.items():
+            block.settle()
+            refusal = self.check(block)
+            if refusal is not None:
+                refused.append(Refused(refusal.reason, refusal.value, index))
+                continue
+            groups += block_groups(block)
+            index_of[id(block)] = index
+        if self.also != "nothing":
+            others, reasons = other_groups(model, context.ledger.blocks.values(), self.also == "everything")
+            groups += others
+            refused += reasons
+        units: dict[object, Unit] = {}
+        for group in merged(groups):
+            number = None if group.block is None else index_of[id(group.block)]
+            key = ("input", id(group.input)) if number is None else ("block", number)
+            units.setdefault(key, Unit(number, [])).groups.append(group)
+        return list(units.values()), refused

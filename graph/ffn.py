@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from .activation import Activation, name_activation
+from .constant import remembering
 from .edges import Edges, block_edges
 from .edit import current, producer, remove_dead, take_over
 from .linear import Linear, read_linear
@@ -226,6 +227,7 @@ def find_ffn_blocks(model: Model) -> FFNBlocks:
     return _search(model)
 
 
+@remembering()
 def _search(model: Model) -> FFNBlocks:
     graphs = [(path, graph, topological(graph.nodes)) for path, graph in model.graphs()]
     linears: dict[int, Linear] = {}
@@ -287,6 +289,9 @@ def _block(path: str, graph: gs.Graph, down: Linear, walker: Walker, ancestors: 
     join = find_join(down.output, x, ancestors, exits)
     if isinstance(join, str):
         return Rejection(value, join)
+    width = region.leaves[0].linear.d_in
+    if width != down.d_out:
+        return Rejection(value, f"it reads {width} features of a stream and gives it {down.d_out}")
     edges = block_edges(region, down)
     if isinstance(edges, str):
         return Rejection(value, edges)

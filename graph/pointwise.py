@@ -109,6 +109,11 @@ def _shrink(inputs: Sequence[Array], attrs: Attributes) -> Array:
     return np.where(x < -lambd, x + bias, np.where(x > lambd, x - bias, 0.0))
 
 
+def _batch_norm(inputs: Sequence[Array], attrs: Attributes) -> Array:
+    x, scale, shift, mean, variance = inputs
+    return np.asarray((x - mean) / np.sqrt(variance + attrs.get("epsilon", 1e-5)) * scale + shift)
+
+
 POINTWISE: dict[tuple[str, str], Function] = {
     ("", "Relu"): _unary(lambda x: np.maximum(x, 0)),
     ("", "LeakyRelu"): lambda inputs, attrs: np.where(inputs[0] >= 0, inputs[0], attrs.get("alpha", 0.01) * inputs[0]),
@@ -139,7 +144,7 @@ POINTWISE: dict[tuple[str, str], Function] = {
     ("", "Greater"): _binary(np.greater), ("", "Less"): _binary(np.less), ("", "Equal"): _binary(np.equal),
     ("", "GreaterOrEqual"): _binary(np.greater_equal), ("", "LessOrEqual"): _binary(np.less_equal),
     ("", "And"): _binary(np.logical_and), ("", "Or"): _binary(np.logical_or),
-    ("", "Clip"): _clip, ("", "Where"): _where,
+    ("", "Clip"): _clip, ("", "Where"): _where, ("", "BatchNormalization"): _batch_norm,
     ("com.microsoft", "Gelu"): _unary(gelu),
     ("com.microsoft", "BiasGelu"): _biased(gelu),
     ("com.microsoft", "FastGelu"): _biased(gelu_tanh),

@@ -212,6 +212,8 @@ class Walker:
             return None
         if node.op in NORMS or node.op in _REDUCTIONS:
             return None if _over_features(node, axis) else Refusal(tensor.name, f"{node.op} over other axes")
+        if node.op == "BatchNormalization" and node.inputs[0].shape and axis != 1 - len(node.inputs[0].shape):
+            return Refusal(tensor.name, "a BatchNormalization over another axis than the features'")
         if key in POINTWISE and len(node.outputs) == 1:
             return None
         return Refusal(tensor.name, f"{node.op} mixes tokens or is not known as pointwise")

@@ -8,7 +8,7 @@ block's input was computed from.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -89,6 +89,24 @@ class Ancestors:
                     pending.append(source)
         return None
 
+    def leads(self, starts: Sequence[gs.Tensor], to: gs.Tensor, limit: int = 4000) -> bool:
+        """Whether ``to`` depends on any of ``starts`` in any way."""
+        wanted = {id(tensor) for tensor in starts}
+        earliest = min(self._place(tensor) for tensor in starts)
+        pending, seen = [to], {id(to)}
+        while pending and len(seen) < limit:
+            tensor = pending.pop()
+            if id(tensor) in wanted:
+                return True
+            node = producer(tensor)
+            if node is None or self._place(tensor) <= earliest:
+                continue
+            for source in reads(node):
+                if id(source) not in seen and not isinstance(source, gs.Constant):
+                    seen.add(id(source))
+                    pending.append(source)
+        return False
+
 
 def find_join(output: gs.Tensor, x: gs.Tensor, ancestors: Ancestors,
               exits: Mapping[int, list[gs.Tensor]]) -> Join | str:
@@ -134,9 +152,18 @@ def _joined(node: gs.Node, tensor: gs.Tensor, x: gs.Tensor, ancestors: Ancestors
     for operand in operands:
         if operand is not tensor and fold(operand) is None:
             found = ancestors.any(_terms(operand), x)
-            if found is not None:
+            if found is not None and not _passed_by(operand, node, ancestors):
                 return operand
     return None
+
+
+def _passed_by(residual: gs.Tensor, join: gs.Node, ancestors: Ancestors) -> bool:
+    """Whether the stream goes on from ``residual`` itself: a later Add joins to it what was made of the sum.
+
+    So do positions scaled by a small network: they are added to queries and keys alone.
+    """
+    readers = [node for node in consumers(residual) if node is not join and (node.op in SKIP_NORMS or node.op == "Add")]
+    return any(ancestors.leads(join.outputs, value) for node in readers for value in node.inputs if value is not residual)
 
 
 def _terms(operand: gs.Tensor, depth: int = 4) -> list[gs.Tensor]:
@@ -162,6 +189,6 @@ def _follow(node: gs.Node, tensor: gs.Tensor) -> list[gs.Tensor] | None:
     op = node.op
     if op in ALIASES or op in NORMS or op in _CARRIERS:
         return [out for out in node.outputs if out.name]
-    if op in ("Add", "Mul", "Div") or op in _NORM_PARTS or op == "Max":
+    if op in ("Add", "Mul", "Div", "Max", "BatchNormalization") or op in _NORM_PARTS:
         return list(node.outputs)
     return None

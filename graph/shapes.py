@@ -44,6 +44,8 @@ def last_dimension(node: gs.Node) -> int | None:
     joined = producer(node.inputs[1]) if len(node.inputs) > 1 else None
     while joined is not None and joined.op in ("Cast", "Identity"):
         joined = producer(joined.inputs[0])
+    if joined is not None and joined.op == "Shape" and not {"start", "end"} & set(joined.attrs):
+        return 0  # of some value, which has this one's width where the Reshape is a way back to its dimensions
     if joined is not None and joined.op == "Concat":
         last = integers(joined.inputs[-1])
         if last:

@@ -4,9 +4,10 @@
     python benchmarks/cuda.py --tiny --provider cpu                  the same on a small decoder, to see that it works
 
 Makes the decoder (random weights; ``decoder.py`` beside this file says what is in it), rewrites it by ``linearize-ffn`` on all
-blocks but the first (statistics are taken on the GPU) and by weight-only int8 on all blocks, and races them with the original:
-512 tokens, 8 × 512 tokens, and one token after 127 others, that one with and without CUDA graphs in the same rounds. int8 is run
-as ONNX Runtime does by default and with ``ep.cuda.fpa_intb_gemm=1``, which packs the weights for its faster kernels.
+blocks (all but the first N with ``--keep-first N``; statistics are taken on the GPU) and by weight-only int8 on all blocks, and
+races them with the original: 512 tokens, 8 × 512 tokens, and one token after 127 others, that one with and without CUDA graphs in
+the same rounds. int8 is run as ONNX Runtime does by default and with ``ep.cuda.fpa_intb_gemm=1``, which packs the weights for its
+faster kernels.
 
 Prints a table and writes JSON, also after each race, so that a run that is cut off leaves what it had. Exit code 1 if a limit is
 missed, a node that computes is on the CPU, or a copy between CPU and GPU was put in.
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small decoder; no limits")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--keep-first", type=int, default=0, metavar="N", help="leave the first N blocks as they are")
     parser.add_argument("--ungated", action="store_true", help="4096 → 16384, GELU, instead of 4096 → 11008 gated")
     parser.add_argument("--attention", choices=["fused", "plain"], default="fused")
     parser.add_argument("--int8", default="quantize-ffn:form=weight-only", metavar="PASS", help="the int8 pass with its options")
@@ -83,13 +85,14 @@ class Bench:
         self.length, self.past = (16, 15) if arguments.tiny else (512, 127)
         self.original = folder / "decoder.onnx"
         self.variants = [Variant(self.original, "original")]
-        share = (shape.layers - 1) / shape.layers
-        kept = shape.ffn_parameters * shape.layers - (shape.layers - 1) * (shape.ffn_parameters - shape.d_model ** 2)
+        first = arguments.keep_first
+        share = (shape.layers - first) / shape.layers
+        kept = shape.ffn_parameters * shape.layers - (shape.layers - first) * (shape.ffn_parameters - shape.d_model ** 2)
         self.result: dict[str, Any] = {
             "decoder": dataclasses.asdict(shape), "provider": self.provider, "tiny": arguments.tiny,
             "past_of_1x1": self.past, "ffn_parameters_rewritten": share,
             "ffn_parameters_gone": 1 - kept / (shape.ffn_parameters * shape.layers),
-            "plans": {AFFINE: f"linearize-ffn:blocks=1-{shape.layers - 1}", INT8: arguments.int8},
+            "plans": {AFFINE: f"linearize-ffn:blocks={first}-{shape.layers - 1}", INT8: arguments.int8},
             "packages": {name: importlib.metadata.version(name) for name in ("numpy", "onnx", "onnx-graphsurgeon", "ffnfold")},
             "configs": CONFIGS, "seconds": {}, "passes": {}, "bytes": {}, "drift": {}, "executed": {}, "races": {}, "rows": [],
             "left_out": {}, "ok": False}

@@ -91,6 +91,8 @@ def _trace(tensor: gs.Tensor, axis: int, linears: Mapping[int, Linear], depth: i
 
 def _added(node: gs.Node, axis: int, linears: Mapping[int, Linear], depth: int) -> Cut | None:
     """A bias between the linear and the place where it is cut, where it is not next to the linear."""
+    if len(node.inputs) != 2:
+        return None
     for value, other in (node.inputs, node.inputs[::-1]):
         folded = fold(other) or picked(other)
         if folded is None or axis != -1:

@@ -6,7 +6,9 @@ Gather, Slice or DequantizeLinear. ``fold`` finds shape and type without reading
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -58,8 +60,30 @@ class Folded:
         return int(np.prod(self.shape, dtype=np.int64)) // max(self.experts, 1)
 
 
-def fold(tensor: gs.Tensor, depth: int = _DEPTH) -> Folded | None:
+_known: ContextVar[dict[int, tuple[gs.Tensor, Folded | None]] | None] = ContextVar("known", default=None)
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """While this lasts nothing is edited, so :func:`fold` looks at each value once."""
+    before = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(before)
+
+
+def fold(tensor: gs.Tensor) -> Folded | None:
     """``tensor`` as a constant, or None if it depends on an input (or is computed in a way not read here)."""
+    known = _known.get()
+    if known is None:
+        return _fold(tensor, _DEPTH)
+    if id(tensor) not in known:
+        known[id(tensor)] = (tensor, _fold(tensor, _DEPTH))  # with the tensor, so that its id stays its own
+    return known[id(tensor)][1]
+
+
+def _fold(tensor: gs.Tensor, depth: int) -> Folded | None:
     if isinstance(tensor, gs.Constant):
         values = tensor._values
         return Folded(tuple(values.shape), values.onnx_type, values.load, [tensor])
@@ -78,7 +102,7 @@ def fold(tensor: gs.Tensor, depth: int = _DEPTH) -> Folded | None:
         return None
     parts: list[Folded | None] = []
     for value in node.inputs:
-        part = fold(value, depth - 1) if value.name else None
+        part = _fold(value, depth - 1) if value.name else None
         if part is None and value.name:
             return None
         parts.append(part)

@@ -13,6 +13,7 @@ import onnx
 from .errors import InputError
 
 _KIND = onnx.AttributeProto
+_ANY_NUMBER = 1 << 31
 _LONGEST_NAME = 1 << 16  # characters
 _NEWEST = 1000  # more than any operator set has
 _MICROSOFT = {"FusedMatMul": 2, "FusedGemm": 2, "FusedConv": 2, "MatMulNBits": 3, "DynamicQuantizeMatMul": 3,
@@ -79,11 +80,13 @@ def _check_texts(names: Iterable[str]) -> None:
 def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int], in_function: bool) -> list[onnx.GraphProto]:
     """Check ``node``; returns the graphs in its attributes."""
     domain = "" if node.domain == "ai.onnx" else node.domain
-    inputs, outputs, types, needed = _signature(node.op_type, domain, opsets.get(domain, 1))
+    inputs, outputs, most, types, needed = _signature(node.op_type, domain, opsets.get(domain, 1))
     title = f"node '{node.name}' ({node.op_type})" if node.name else f"a {node.op_type} without a name"
     if len(node.input) < inputs or len(node.output) < outputs:
         raise InputError(f"{title} has {len(node.input)} inputs and {len(node.output)} outputs, but needs at least "
                          f"{inputs} and {outputs}: export the model again")
+    if len(node.input) > most:
+        raise InputError(f"{title} has {len(node.input)} inputs, but takes at most {most}: export the model again")
     present = {attribute.name for attribute in node.attribute}
     for name in needed:
         if name not in present:
@@ -102,16 +105,17 @@ def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int], in_function: bo
 
 
 @lru_cache(maxsize=4096)
-def _signature(op: str, domain: str, version: int) -> tuple[int, int, Mapping[str, int], tuple[str, ...]]:
-    """Least number of inputs and outputs, types of attributes, and attributes that must be there; what is known of it."""
+def _signature(op: str, domain: str, version: int) -> tuple[int, int, int, Mapping[str, int], tuple[str, ...]]:
+    """What is known of an operator: least inputs and outputs, most inputs, types of attributes, attributes that it needs."""
     if domain == "com.microsoft":
-        return _MICROSOFT.get(op, 0), 1 if op in _MICROSOFT else 0, _MICROSOFT_TYPES, _NEEDED.get(op, ())
+        return _MICROSOFT.get(op, 0), 1 if op in _MICROSOFT else 0, _ANY_NUMBER, _MICROSOFT_TYPES, _NEEDED.get(op, ())
     schema = _schema(op, version, domain) or _schema(op, _NEWEST, domain)
     if schema is None:  # ONNX Runtime has operators of its own in the default domain
         inputs = 0 if domain else _DEFAULT_DOMAIN.get(op, 0)
-        return inputs, 1 if inputs else 0, {} if domain else _MICROSOFT_TYPES, ()
+        return inputs, 1 if inputs else 0, _ANY_NUMBER, {} if domain else _MICROSOFT_TYPES, ()
     types = {name: int(attribute.type.value) for name, attribute in schema.attributes.items()}
-    return schema.min_input, schema.min_output, types, tuple(name for name, each in schema.attributes.items() if each.required)
+    required = tuple(name for name, each in schema.attributes.items() if each.required)
+    return schema.min_input, schema.min_output, schema.max_input, types, required
 
 
 def _schema(op: str, version: int, domain: str) -> onnx.defs.OpSchema | None:

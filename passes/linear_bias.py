@@ -68,7 +68,7 @@ def add_to_bias(model: Model, graph: gs.Graph, linear: Linear, extra: Array) -> 
 def freed_bytes(node: gs.Node, index: int) -> int:
     """Bytes that nothing needs any more once ``node`` does not read its constant input ``index``."""
     folded = fold(node.inputs[index])
-    if folded is None or not folded.sources or is_read_elsewhere(node, index):
+    if folded is None or folded.overridable or not folded.sources or is_read_elsewhere(node, index):
         return 0
     return int(folded.sources[0]._values.nbytes)
 

@@ -96,9 +96,9 @@ def _bias(linear: Linear) -> Folded | None:
         folded = fold(node.inputs[index])
         if folded is None or folded.shape != (linear.d_out,):
             continue
-        stored = folded.sources[0]._values.nbytes if folded.sources else 0
         if folded.overridable or is_read_elsewhere(node, index) or folded.onnx_type != linear.onnx_type:
             return None
+        stored = folded.sources[0]._values.nbytes if folded.sources else 0
         return folded if stored >= linear.d_out * numpy_type(linear.onnx_type).itemsize else None
     return None
 

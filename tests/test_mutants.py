@@ -162,6 +162,36 @@ def test_one_matrix_with_a_third_axis_is_not_taken_for_a_matrix(tmp_path):
     same(s.model(), tmp_path)
 
 
+def test_a_bias_that_the_caller_may_override_is_no_bias_to_merge(tmp_path):
+    s = Sketch()
+    x = s.input("x", [None, 8])
+    first, second = s.linear(x, 8, 4), s.linear(x, 8, 4)
+    s.op("Concat", first, second, axis=-1, out=s.output("y"))
+    for node in s.nodes:
+        if node.op_type == "Add":
+            s.input(node.input[1], [4])
+    same(s.model(), tmp_path)
+
+
+@pytest.mark.parametrize(("op", "count"), [("Add", 3), ("Relu", 2), ("MatMul", 5)])
+def test_more_inputs_than_an_operator_takes_are_refused(tmp_path, op, count):
+    s = Sketch()
+    s.op(op, *[s.input("x", [8, 8])] * count, out=s.output("y"))
+    refused(s.model(), tmp_path, op, f"{count} inputs")
+
+
+def test_many_linears_on_one_stream_are_looked_at_in_no_time(tmp_path):
+    s = Sketch()
+    x = s.input("x", [None, 8])
+    for _ in range(500):
+        x = s.op("Add", x, s.op("MatMul", x, s.weight(s.numbers(8, 8, scale=0.01))))
+    s.op("Tanh", x, out=s.output("y"))
+    path = s.save(tmp_path / "m.onnx")
+    started = time.process_time()
+    describe(path)
+    assert time.process_time() - started < 4
+
+
 def test_a_name_without_end_is_cut_in_the_message(tmp_path):
     model = transformer(1).model()
     model.graph.node[0].input[0] = "n" * 60_000

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
 
 from ..graph.builder import Builder
@@ -16,16 +14,13 @@ from ..graph.edit import consumers, is_output, producer, remove_dead, replace_us
 from ..graph.ffn import FFNBlock, find_ffn_blocks
 from ..graph.linear import Linear
 from ..graph.model import Model
-from ..graph.norm import read_norm
 from ..graph.shapes import last_dimension
 from .base import Context, Pass, PassResult, Refused
 from .linear_bias import add_to_bias, is_fixed
-from .neuron_range import Range, follow
-from .neuron_weights import Indices, NeuronWeight, bound
+from .neuron_proof import Proof, prove
+from .neuron_range import Range
+from .neuron_weights import Indices, NeuronWeight
 from .sharing import is_read_elsewhere, is_shared, shows_inside
-
-Array = npt.NDArray[Any]
-_WIDE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class DropNeurons(Pass):
         """Look at every block once."""
         fired = 0
         refused = []
-        for block in find_ffn_blocks(model):
+        for block in context.ledger.blocks.values() if context.ledger is not None else find_ffn_blocks(model):
             block.settle()
             reason = _reason_against(block)
             if reason is not None:
@@ -72,23 +67,6 @@ class DropNeurons(Pass):
             else:
                 fired += outcome
         return self.result(fired, refused)
-
-
-@dataclass
-class _Findings:
-    """What was proved of the neurons of a block.
-
-    Attributes:
-        gone: neurons that contribute nothing.
-        constant: neurons that give ``constant[i]`` whatever goes in.
-        same: neuron → others that equal it.
-        ranges: what each value of the block can be, by identity.
-    """
-
-    gone: set[int]
-    constant: dict[int, float]
-    same: dict[int, list[int]]
-    ranges: dict[int, Range]
 
 
 def _reason_against(block: FFNBlock) -> str | None:
@@ -140,7 +118,7 @@ def _size(tensor: gs.Tensor) -> int:
 
 def _rewrite(model: Model, block: FFNBlock, multiple: int) -> int | Refused:
     """Drop what can be dropped; returns how many neurons and activations that were."""
-    found = _prove(block)
+    found = prove(block)
     kept = _kept(block.d_ff, found, multiple)
     if len(kept) < block.d_ff:
         if not _shrinks(block, found, kept):
@@ -149,7 +127,7 @@ def _rewrite(model: Model, block: FFNBlock, multiple: int) -> int | Refused:
     return block.d_ff - len(kept) + _drop_idle(block, found.ranges, kept)
 
 
-def _kept(width: int, found: _Findings, multiple: int) -> Indices:
+def _kept(width: int, found: Proof, multiple: int) -> Indices:
     """The neurons that stay: as many as make their number a multiple, at least one."""
     doubles = {other for others in found.same.values() for other in others}
     droppable = sorted(found.gone | set(found.constant) | doubles)
@@ -157,7 +135,7 @@ def _kept(width: int, found: _Findings, multiple: int) -> Indices:
     return np.asarray([neuron for neuron in range(width) if neuron not in dropped], np.int64)
 
 
-def _drop(model: Model, block: FFNBlock, found: _Findings, kept: Indices) -> None:
+def _drop(model: Model, block: FFNBlock, found: Proof, kept: Indices) -> None:
     left = set(kept.tolist())
     same = {neuron: [other for other in others if other not in left] for neuron, others in found.same.items()}
     constants = {neuron: value for neuron, value in found.constant.items() if neuron not in left}
@@ -177,7 +155,7 @@ def _fitting(width: int, droppable: int, multiple: int) -> int:
     return max(0, width - max(multiple, -(-(width - droppable) // multiple) * multiple))
 
 
-def _shrinks(block: FFNBlock, found: _Findings, kept: Indices) -> bool:
+def _shrinks(block: FFNBlock, found: Proof, kept: Indices) -> bool:
     """Whether the file gets smaller although a bias that something else goes on reading stays beside the new one."""
     linears = [(leaf.linear, len(kept)) for leaf in block.region.leaves]
     linears += [(block.down.linear, block.d_out)] if found.constant else []
@@ -185,81 +163,6 @@ def _shrinks(block: FFNBlock, found: _Findings, kept: Indices) -> bool:
     more = sum(size for place, size in places if place is not None and is_read_elsewhere(*place))
     rows = sum(leaf.linear.d_in for leaf in block.region.leaves) + block.d_out
     return more <= (block.d_ff - len(kept)) * rows
-
-
-def _prove(block: FFNBlock) -> _Findings:
-    down = NeuronWeight.of(block.down.linear, down=True)
-    ups = [NeuronWeight.of(leaf.linear, down=False) for leaf in block.region.leaves]
-    biases = [None if leaf.linear.bias is None else leaf.linear.bias() for leaf in block.region.leaves]
-    limits = _limits(block)
-    starts = [_start(weight, bias, limits) for weight, bias in zip(ups, biases, strict=True)]
-    ranges = follow(block.region, starts)
-    hidden = ranges[id(block.region.output)]
-    found = _Findings(set(down.zero(_candidates(down)).tolist()) | set(np.flatnonzero(hidden.zero).tolist()), {}, {}, ranges)
-    if block.onnx_type in _WIDE:
-        if block.down.linear.bias is not None:
-            found.constant = {int(i): float(hidden.low[i]) for i in np.flatnonzero(hidden.known) if int(i) not in found.gone}
-        _equal_neurons(block.d_ff, ups, biases, found)
-    return found
-
-
-def _candidates(weight: NeuronWeight) -> Indices:
-    return np.flatnonzero(~weight.sample().any(axis=1))
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """What the norm before a block lets through: ``x = x̂ ∘ scale + shift`` with ``‖x̂‖₂ ≤ √d``."""
-
-    scale: Array
-    shift: Array | None
-
-
-def _limits(block: FFNBlock) -> _Limits | None:
-    """The norm that the block reads, where the activation could make use of its bound."""
-    fused = any(leaf.linear.fused_activation is not None for leaf in block.region.leaves)
-    if not fused and not any(node.op in ("Relu", "Clip", "Max") for node in block.region.steps):
-        return None
-    node = producer(block.region.leaves[0].linear.input)
-    while node is not None and node.op in ("Identity", "Reshape"):
-        node = producer(node.inputs[0])
-    norm = read_norm(node) if node is not None else None
-    if norm is None or norm.width != block.d_model or norm.scale.overridable or (norm.shift and norm.shift.overridable):
-        return None
-    if any(leaf.linear.input is not block.region.leaves[0].linear.input for leaf in block.region.leaves):
-        return None
-    scale = np.broadcast_to(norm.scale.load().reshape(-1).astype(np.float64), (norm.width,))
-    return _Limits(scale, None if norm.shift is None else norm.shift.load().reshape(-1).astype(np.float64))
-
-
-def _start(weight: NeuronWeight, bias: Array | None, limits: _Limits | None) -> Range:
-    """What a projection can give: its bias where its weights are zero, what the norm lets through elsewhere."""
-    offset = np.zeros(weight.count) if bias is None else bias.astype(np.float64)
-    low, high = np.full(weight.count, -np.inf), np.full(weight.count, np.inf)
-    if limits is not None:
-        centre, radius = bound(weight, limits.scale, limits.shift, bias)
-        low, high = centre - radius, centre + radius
-    still = weight.zero(_candidates(weight))
-    low[still] = high[still] = offset[still]
-    return Range(low, high)
-
-
-def _equal_neurons(width: int, ups: list[NeuronWeight], biases: list[Array | None], found: _Findings) -> None:
-    numbers = [weight.sample() for weight in ups] + [bias.reshape(-1, 1) for bias in biases if bias is not None]
-    keys: dict[bytes, list[int]] = {}
-    for neuron in range(width):
-        if neuron not in found.gone and neuron not in found.constant:
-            keys.setdefault(b"".join(each[neuron].tobytes() for each in numbers), []).append(neuron)
-    alike = np.asarray([neuron for group in keys.values() if len(group) > 1 for neuron in group], np.int64)
-    if not len(alike):
-        return
-    alike.sort()
-    hashes = list(zip(*(weight.digests(alike) for weight in ups), strict=True))
-    groups: dict[tuple[bytes, ...], list[int]] = {}
-    for neuron, digests in zip(alike.tolist(), hashes, strict=True):
-        bias = b"".join(each[neuron].tobytes() for each in biases if each is not None)
-        groups.setdefault((*digests, bias), []).append(neuron)
-    found.same = {group[0]: group[1:] for group in groups.values() if len(group) > 1}
 
 
 def _drop_idle(block: FFNBlock, ranges: dict[int, Range], kept: Indices) -> int:

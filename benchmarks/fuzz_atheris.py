@@ -68,7 +68,8 @@ def plant(zoo: Path, corpus: Path) -> None:
         weights = [numpy_helper.from_array(numbers.standard_normal(shape).astype(np.float32), name)
                    for name, shape in (("scale", (8,)), ("up", (8, width)), ("bias", (width,)), ("down", (width, 8)))]
         nodes = [helper.make_node("LayerNormalization", ["x", "scale"], ["n"], axis=-1),
-                 helper.make_node("MatMul", ["n", "up"], ["u"]), helper.make_node("Add", ["u", "bias"], ["z"]), helper.make_node(activation, ["z"], ["h"]),
+                 helper.make_node("MatMul", ["n", "up"], ["u"]), helper.make_node("Add", ["u", "bias"], ["z"]),
+                 helper.make_node(activation, ["z"], ["h"]),
                  helper.make_node("MatMul", ["h", "down"], ["d"]), helper.make_node("Add", ["x", "d"], ["y"])]
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 8]) for name in "xy"]
         return helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], weights)).SerializeToString()
@@ -99,7 +100,7 @@ def work() -> None:
             Model.load(path).to_proto()
         except InputError as error:
             text = str(error)
-            if len(text.splitlines()) != 1 or not text.startswith((str(path), "the graph", "node")):
+            if len(text.splitlines()) != 1 or not text.startswith(str(path)):
                 raise AssertionError(f"no line about the file: {text[:300]}") from None
 
     def mutate(data: bytes, limit: int, seed: int) -> bytes:

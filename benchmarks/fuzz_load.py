@@ -145,7 +145,7 @@ def work() -> int:
             read_model(out)
         except InputError as error:
             verdict, why = "refused", str(error)
-            if len(why.splitlines()) != 1 or not why.startswith((str(path), "the graph")):
+            if len(why.splitlines()) != 1 or str(path) not in why:
                 verdict = "NOT ONE LINE ABOUT THE FILE"
         except BrokenByPass as error:
             verdict, why = "stopped", str(error)

@@ -1,5 +1,10 @@
 """The exception that is the user's to mend, and the one that is ours."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from os import PathLike
 
 _LONGEST = 2000  # characters
 
@@ -10,6 +15,17 @@ class InputError(Exception):
     def __init__(self, message: str) -> None:
         text = " ".join(message.splitlines())  # names from a file may hold line breaks, and be of any length
         super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST // 2]} … {text[-_LONGEST // 2:]}")
+
+
+@contextlib.contextmanager
+def about(path: str | PathLike[str]) -> Iterator[None]:
+    """What goes wrong here is said of the file ``path``."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from None
 
 
 class BrokenByPass(Exception):

@@ -11,7 +11,6 @@ import onnx_graphsurgeon as gs
 
 from .activation import Activation, name_activation
 from .constant import remembering
-from .constant import remembering
 from .edges import Edges, block_edges
 from .edit import current, producer, remove_dead, take_over
 from .linear import Linear, read_linear
@@ -228,7 +227,6 @@ def find_ffn_blocks(model: Model) -> FFNBlocks:
     return _search(model)
 
 
-@remembering()
 @remembering()
 def _search(model: Model) -> FFNBlocks:
     graphs = [(path, graph, topological(graph.nodes)) for path, graph in model.graphs()]

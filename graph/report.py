@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from .errors import about
 from .ffn import FFNBlock, find_ffn_blocks
 from .model import Model
 from .tensors import initializers
@@ -20,7 +21,11 @@ def describe(path: Path) -> dict[str, object]:
     Raises:
         InputError: it cannot be read.
     """
-    model = Model.load(path)
+    with about(path):
+        return _describe(path, Model.load(path))
+
+
+def _describe(path: Path, model: Model) -> dict[str, object]:
     before = model.proto
     nodes = count_nodes(before.graph.node) + sum(count_nodes(function.node) for function in before.functions)
     parameters = sum(size_of(tuple(tensor.dims)) for tensor in initializers(before) if bits_of(tensor.data_type))

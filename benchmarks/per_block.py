@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a sample model with its feeds (ffnfold models get)")
     parser.add_argument("--block", type=int, default=7)
     parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--feeds", type=int, default=4, help="how many of the reporting feeds (a block is run on each)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -56,9 +58,13 @@ def main() -> int:
     size = read_model(reference).nbytes
     with tempfile.TemporaryDirectory(prefix="ffnfold-") as place:
         candidate = damaged(reference, given.block, given.noise, Path(place))
+        feeds = Path(place) / "feeds"
+        feeds.mkdir()
+        for feed in sorted((given.folder / "feeds" / "report").glob("*.npz"))[:given.feeds]:
+            shutil.copy(feed, feeds)
         start = time.perf_counter()
         ran = subprocess.run([sys.executable, "-m", "ffnfold", "verify", str(reference), str(candidate), "--data",
-                              str(given.folder / "feeds" / "report"), "--per-block", "--threads", str(given.threads), "--json"],
+                              str(feeds), "--per-block", "--threads", str(given.threads), "--json"],
                              capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
 import pytest
 import yaml
 from ffnfold.graph.errors import InputError
+from ffnfold.passes.base import BlockPass
 from ffnfold.passes.blocks import ALL, Blocks
 from ffnfold.passes.options import describe, given_options, make
 from ffnfold.passes.plan import EXACT_PLAN, Plan, default_plan
@@ -12,28 +16,49 @@ from ffnfold.passes.registry import PASSES, make_pass
 from hypothesis import given
 from hypothesis import strategies as st
 
-QUANTIZE = "quantize-ffn:blocks=0+3-5,form=weight-only,row_scale=false"
+TRIAL = "trial:blocks=0+3-5,form=weight-only,rows=false"
 
 
-@pytest.mark.parametrize("text", [QUANTIZE, " quantize-ffn : form = weight-only , row_scale=off , blocks=0+3-5",
-                                  "quantize-ffn:row_scale=No,form=WEIGHT-ONLY,blocks=5+4+3+0"])
+@dataclass(frozen=True)
+class Trial(BlockPass):
+    """A pass with an option of each kind."""
+
+    name: ClassVar[str] = "trial"
+    form: Literal["dynamic", "weight-only"] = "dynamic"
+    rows: bool = field(default=True, metadata={"help": "whether rows"})
+    count: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction} is not between 0 and 1")
+
+
+@pytest.fixture(autouse=True)
+def _one_more_pass(monkeypatch):
+    monkeypatch.setitem(PASSES, "trial", Trial)
+
+
+@pytest.mark.parametrize("text", [TRIAL, " trial : form = weight-only , rows=off , blocks=0+3-5",
+                                  "trial:rows=No,form=WEIGHT-ONLY,blocks=5+4+3+0"])
 def test_one_pass_in_several_writings(text):
     [found] = Plan.parse([text])
-    assert found == make_pass("quantize-ffn", {"blocks": "0+3-5", "form": "weight-only", "row_scale": False})
+    assert found == make_pass("trial", {"blocks": "0+3-5", "form": "weight-only", "rows": False})
+    assert found == Trial(Blocks((0, 3, 4, 5)), "weight-only", False)
 
 
 @pytest.mark.parametrize("text", [
-    "[fold-bias, {quantize-ffn: {blocks: 0+3-5, form: weight-only, row_scale: false}}]",
-    "- fold-bias\n- quantize-ffn:\n    blocks: [0, 3-5]\n    form: weight-only\n    row_scale: no\n",
-    f"- fold-bias:\n- {QUANTIZE}\n",
-    "passes:\n- {fold-bias: {}}\n- quantize-ffn: {blocks: [0, 3, 4, 5], form: weight-only, row_scale: 'false'}\n"])
+    "[fold-bias, {trial: {blocks: 0+3-5, form: weight-only, rows: false}}]",
+    "- fold-bias\n- trial:\n    blocks: [0, 3-5]\n    form: weight-only\n    rows: no\n",
+    f"- fold-bias:\n- {TRIAL}\n",
+    "passes:\n- {fold-bias: {}}\n- trial: {blocks: [0, 3, 4, 5], form: weight-only, rows: 'false'}\n"])
 def test_one_plan_file_in_several_writings(tmp_path, text):
     (tmp_path / "plan.yaml").write_text(text)
-    assert Plan.load(tmp_path / "plan.yaml") == Plan.parse(["fold-bias", QUANTIZE])
+    assert Plan.load(tmp_path / "plan.yaml") == Plan.parse(["fold-bias", TRIAL])
 
 
-@pytest.mark.parametrize("texts", [[], ["fold-bias"], [QUANTIZE, "fold-bias", QUANTIZE],
-                                   ["remove-ffn:count=2,by=output", "remove-ffn:fraction=0.25,keep=nothing"]])
+@pytest.mark.parametrize("texts", [[], ["fold-bias"], [TRIAL, "fold-bias", TRIAL],
+                                   ["trial:count=2,form=dynamic", "trial:fraction=0.25,rows=no"]])
 def test_a_plan_written_and_read_is_the_same(texts):
     plan = Plan.parse(texts)
     assert Plan.from_entries(yaml.safe_load(plan.to_yaml())) == plan
@@ -41,8 +66,8 @@ def test_a_plan_written_and_read_is_the_same(texts):
 
 
 def test_only_what_differs_from_the_default_is_written():
-    assert Plan.parse(["fold-bias", "quantize-ffn:blocks=all,form=dynamic", QUANTIZE]).entries() == [
-        "fold-bias", "quantize-ffn", {"quantize-ffn": {"blocks": "0+3-5", "form": "weight-only", "row_scale": False}}]
+    assert Plan.parse(["fold-bias", "trial:blocks=all,form=dynamic,count=", TRIAL]).entries() == [
+        "fold-bias", "trial", {"trial": {"blocks": "0+3-5", "form": "weight-only", "rows": False}}]
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
@@ -76,20 +101,19 @@ def test_the_default_plan_needs_no_feeds_and_is_exact_up_to_its_last(target):
 @pytest.mark.parametrize(("text", "said"), [
     ("melt-ffn", "there is no pass 'melt-ffn': the passes are "),
     ("", "there is no pass ''"),
-    ("quantize-ffn:", "write a pass as NAME or NAME:KEY=VALUE"),
-    ("quantize-ffn:form", "write a pass as NAME or NAME:KEY=VALUE"),
-    ("quantize-ffn:=dynamic", "write a pass as NAME or NAME:KEY=VALUE"),
-    ("quantize-ffn:form=dynamic,form=dynamic", "'form' is given twice"),
-    ("quantize-ffn:bits=4", "pass 'quantize-ffn' has no option 'bits': it has blocks, form, row_scale"),
+    ("trial:", "write a pass as NAME or NAME:KEY=VALUE"),
+    ("trial:form", "write a pass as NAME or NAME:KEY=VALUE"),
+    ("trial:=dynamic", "write a pass as NAME or NAME:KEY=VALUE"),
+    ("trial:form=dynamic,form=dynamic", "'form' is given twice"),
+    ("trial:bits=4", "pass 'trial' has no option 'bits': it has blocks, form, rows, count, fraction"),
     ("fold-bias:blocks=1", "pass 'fold-bias' has no option 'blocks': it has none"),
-    ("quantize-ffn:form=static", "quantize-ffn:form=static: choose one of dynamic, weight-only"),
-    ("quantize-ffn:row_scale=maybe", "quantize-ffn:row_scale=maybe: not a true|false"),
-    ("quantize-ffn:blocks=first", "'first' is no list of blocks"),
-    ("remove-ffn:count=1.5", "not a number or nothing"),
-    ("remove-ffn:fraction=nan", "not a real number or nothing"),
-    ("remove-ffn:fraction=inf", "not a real number or nothing"),
-    ("remove-ffn:fraction=2", "pass 'remove-ffn': fraction=2.0 is not between 0 and 1"),
-    ("drop-neurons:multiple=0", "pass 'drop-neurons': multiple must be 1 or more")])
+    ("trial:form=static", "trial:form=static: choose one of dynamic, weight-only"),
+    ("trial:rows=maybe", "trial:rows=maybe: not a true|false"),
+    ("trial:blocks=first", "'first' is no list of blocks"),
+    ("trial:count=1.5", "not a number or nothing"),
+    ("trial:fraction=nan", "not a real number or nothing"),
+    ("trial:fraction=inf", "not a real number or nothing"),
+    ("trial:fraction=2", "pass 'trial': fraction=2.0 is not between 0 and 1")])
 def test_a_pass_that_cannot_be_read(text, said):
     with pytest.raises(InputError) as caught:
         Plan.parse([text])
@@ -102,8 +126,8 @@ def test_a_pass_that_cannot_be_read(text, said):
     ("- [fold-bias]", "is no pass"), ("- 3", "is no pass"), ("- {a: {}, b: {}}", "is no pass"),
     ("- {fold-bias: 3}", "is no pass"),
     ("- fold-bias\n  - x: [", "not YAML"), ("- !!python/object/apply:os.system ['true']", "not YAML"),
-    ("- quantize-ffn: {blocks: {a: 1}}", "is no list of blocks"), ("- quantize-ffn: {blocks: [a]}", "is no list of blocks"),
-    ("- remove-ffn: {count: [1]}", "not a number"), ("- quantize-ffn: {form: null}", "choose one of")])
+    ("- trial: {blocks: {a: 1}}", "is no list of blocks"), ("- trial: {blocks: [a]}", "is no list of blocks"),
+    ("- trial: {count: [1]}", "not a number"), ("- trial: {form: null}", "choose one of")])
 def test_a_plan_file_that_cannot_be_read(tmp_path, text, said):
     file = tmp_path / "plan.yaml"
     file.write_text(text)
@@ -154,9 +178,18 @@ def test_all_blocks_holds_every_index():
 @pytest.mark.parametrize(("value", "expected"), [("true", True), ("Yes", True), ("1", True), (True, True), ("OFF", False),
                                                  (0, False), (False, False)])
 def test_truth_in_several_writings(value, expected):
-    assert make(PASSES["quantize-ffn"], {"row_scale": value}).row_scale is expected
+    assert make(Trial, {"rows": value}).rows is expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [("2", 2), (2, 2), ("", None), (None, None)])
 def test_a_number_or_nothing(value, expected):
-    assert make(PASSES["remove-ffn"], {"count": value}).count == expected
+    assert make(Trial, {"count": value}).count == expected
+
+
+def test_the_description_of_options_is_that_of_the_fields():
+    assert describe(Trial) == [
+        {"name": "blocks", "type": "blocks", "help": "which blocks, e.g. 0+3-5", "default": "all"},
+        {"name": "form", "type": "dynamic|weight-only", "help": "", "default": "dynamic"},
+        {"name": "rows", "type": "true|false", "help": "whether rows", "default": True},
+        {"name": "count", "type": "number or nothing", "help": "", "default": None},
+        {"name": "fraction", "type": "real number or nothing", "help": "", "default": None}]

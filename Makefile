@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LONG := export or cuda or slow or network
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all page check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ffnfold demo -o out/vit-s
@@ -13,6 +13,9 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q tests
+
+page: $(VENV)/.test
+	FFNFOLD_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest -q tests/cli/test_page_in_browser.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -29,9 +32,9 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
 
 $(VENV)/.demo: $(VENV)/bin/python setup.cfg pyproject.toml
-	$(BIN)/python -m pip install -q -e '.[cpu,demo]'
+	$(BIN)/python -m pip install -q -e '.[cpu,demo,report]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python setup.cfg pyproject.toml
-	$(BIN)/python -m pip install -q -e '.[cpu,demo,test]'
+	$(BIN)/python -m pip install -q -e '.[cpu,demo,report,test]'
 	touch $@

@@ -19,6 +19,8 @@ from ..runtime.specs import input_specs
 from . import options
 from .bench_csv import check_place, write_csv
 from .output import console, emit, megabytes, placement, progress, say
+from .pages import bench_page
+from .report_folder import check_folder, write_folder
 
 
 @click.command("bench")
@@ -40,10 +42,12 @@ from .output import console, emit, megabytes, placement, progress, say
 @click.option("--max-regression", callback=options.percent, metavar="PERCENT", help="Most that a speed-up may fall behind it.")
 @click.option("--roofline", is_flag=True, help="Also what each model computes and moves, against what this machine can do.")
 @click.option("--csv", "table", type=options.PATH, metavar="FILE", help="Write a table too.")
+@options.report()
 @options.as_json()
 def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...], provider: str, use_tf32: bool, allow_cpu: bool,
             threads: tuple[int, ...], seconds: float, cuda_graph: bool, config: tuple[str, ...], baseline: Path | None,
-            max_regression: float | None, roofline: bool, table: Path | None, as_json: bool) -> None:
+            max_regression: float | None, roofline: bool, table: Path | None, report_folder: Path | None,
+            as_json: bool) -> None:
     """Time MODEL and every OTHER in one process, runs interleaved; speed-up = time of MODEL / time of OTHER.
 
     Exit code 1 when a speed-up fell behind the baseline by more than --max-regression, 2 when CUDA was asked for and nodes
@@ -55,6 +59,8 @@ def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...]
         raise InputError("give the inputs with --data or with --shape, not both")
     if table is not None:
         check_place(table)
+    if report_folder is not None:
+        check_folder(report_folder)
     variants = [Variant(path, config=dict(_entry(text) for text in config)) for path in models]
     earlier = Baseline.load(baseline) if baseline is not None else None
     if earlier is not None:
@@ -62,10 +68,13 @@ def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...]
     points = _points(models[0], data, shapes, threads)
     with progress(as_json) as tell:
         result = bench(variants, points, roofline=roofline, provider=provider, cuda_graph=cuda_graph, use_tf32=use_tf32,
-                       allow_cpu=allow_cpu, seconds=seconds, progress=tell)
+                       allow_cpu=allow_cpu, seconds=seconds, keep_times=report_folder is not None, progress=tell)
     if table is not None:
         write_csv(result, table)
     behind = earlier.behind(result["ratios"], max_regression or 0.0) if earlier is not None else []
+    if report_folder is not None:
+        page, details = bench_page(result, behind), {"times_ms": [row.pop("times_ms") for row in result["models"]]}
+        write_folder(report_folder, result, page, details=details)
     if as_json:
         emit(result)
     else:

@@ -13,6 +13,7 @@ from ..passes.optimize import Job, optimize_file
 from ..passes.plan import default_plan
 from .options import PATH
 from .output import emit, progress, say
+from .page import missing_library
 from .report import print_report, write_report
 
 
@@ -27,13 +28,15 @@ def command(output: Path, as_json: bool) -> None:
         tell("fetching ViT-S")
         model = models.get("vit-s", output / "original", tell)
         blocks = describe(model)["ffn_blocks"]
-        report = optimize_file(Job(model, output / "optimized.onnx", plan, data=output / "original" / "feeds"), tell)
+        job = Job(model, output / "optimized.onnx", plan, data=output / "original" / "feeds", detailed=missing_library() is None)
+        report = optimize_file(job, tell)
     report = {"blocks": len(blocks), **report}  # type: ignore[arg-type]
     write_report(report, plan, output)
     if as_json:
         emit(report)
     else:
         print_report(report)
-        say(f"written: {output}/optimized.onnx, plan.yaml, report.json, report.md")
+        page = "report.html, " if (output / "report.html").exists() else ""
+        say(f"written: {output}/optimized.onnx, plan.yaml, {page}report.json, report.md")
     if not report["ok"]:
         sys.exit(1)

@@ -13,7 +13,8 @@ from ..passes.plan import Plan, default_plan
 from ..runtime import parse_limit
 from . import options
 from .output import emit, progress
-from .report import check_folder, print_report, write_report
+from .report import print_report, write_report
+from .report_folder import check_folder
 
 
 @click.command("optimize")
@@ -33,7 +34,8 @@ from .report import check_folder, print_report, write_report
 @options.max_drift()
 @click.option("--strict", is_flag=True, help="Write nothing when a limit is missed.")
 @click.option("--no-verify", is_flag=True, help="Do not measure drift and speed.")
-@click.option("--report", "report_folder", type=options.PATH, metavar="DIR", help="Write report.json, report.md, plan.yaml.")
+@click.option("--report", "report_folder", type=options.PATH, metavar="DIR",
+              help="Write report.html, report.json, report.md and plan.yaml.")
 @options.as_json()
 def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path | None, data: Path | None, synthetic: bool,
             target: str, provider: str, use_tf32: bool, allow_cpu: bool, threads: int | None, max_drift: tuple[str, ...],
@@ -48,7 +50,8 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
     plan = Plan.load(plan_file) if plan_file else Plan.parse(passes) if passes else default_plan(target)
     job = Job(model, output, plan, data=data, synthetic=synthetic, provider=provider, threads=threads,
               use_tf32=use_tf32, allow_cpu=allow_cpu,
-              limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify)
+              limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify,
+              detailed=report_folder is not None)
     if no_verify and max_drift:
         raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")
     if report_folder is not None:

@@ -69,6 +69,11 @@ def logits() -> Decorator:
     return click.option("--logits", multiple=True, metavar="OUTPUT", help="Also KL divergence and top-1, top-5 for OUTPUT.")
 
 
+def report() -> Decorator:
+    """``--report``."""
+    return click.option("--report", "report_folder", type=PATH, metavar="DIR", help="Write report.html and report.json.")
+
+
 def as_json() -> Decorator:
     """``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON only.")

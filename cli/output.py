@@ -27,7 +27,7 @@ def emit(value: object) -> None:
     click.echo(json.dumps(plain(value)))  # in ASCII, which every terminal and pipe can take
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """``value`` with what JSON lacks replaced by null."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}

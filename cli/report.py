@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ..graph.errors import InputError
 from ..passes.plan import Plan
-from .output import console, megabytes, plain, say
+from .output import console, megabytes, say
+from .pages import optimize_page
+from .report_folder import write_folder
 
 _METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "kl_mean", "top1")
 
@@ -84,31 +83,18 @@ def refusals(report: dict[str, Any]) -> list[tuple[str, str, int]]:
     return [(*key, count) for key, count in sorted(counts.items(), key=lambda item: -item[1])]
 
 
-def check_folder(folder: Path) -> None:
-    """Check before the work that a report can be written into ``folder``, which need not be there yet.
-
-    Raises:
-        InputError: it is a file, or its place cannot be written to.
-    """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "cannot be written to" if there.is_dir() else "is a file"
-        raise InputError(f"{folder}: the report cannot be written, as '{there}' {what}: choose another folder")
-
-
 def write_report(report: dict[str, Any], plan: Plan, folder: Path) -> None:
-    """Write ``report.json``, ``report.md`` and ``plan.yaml`` into ``folder`` (made if need be).
+    """Write ``report.json``, ``report.md``, ``report.html`` and ``plan.yaml`` into ``folder`` (made if need be).
+
+    ``details`` of the report go into ``details.json`` and onto the page, and are taken out of ``report``.
 
     Raises:
         InputError: it cannot be written there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(markdown(report, plan), encoding="utf-8")
-        (folder / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{folder}: the report cannot be written ({error.strerror}): choose another folder") from None
+    details = report.pop("details", {})
+    page = optimize_page(report, details, plan.to_yaml())
+    write_folder(folder, report, page, details=details,
+                 texts={"report.md": markdown(report, plan), "plan.yaml": plan.to_yaml()})
 
 
 def markdown(report: dict[str, Any], plan: Plan) -> str:

@@ -16,6 +16,8 @@ from ..runtime import load_feeds, parse_limit, synthetic_feeds
 from ..runtime.specs import input_specs
 from . import options
 from .output import console, emit, placement, progress, say
+from .pages import verify_page
+from .report_folder import check_folder, write_folder
 
 _METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "sqnr_db", "kl_mean", "top1")
 
@@ -32,10 +34,11 @@ _METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "sqnr_db", "kl_mea
 @options.logits()
 @options.max_drift()
 @click.option("--per-block", is_flag=True, help="Also the drift that each FFN block causes alone, and what it adds in the chain.")
+@options.report()
 @options.as_json()
 def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool, provider: str, use_tf32: bool,
             allow_cpu: bool, threads: int | None, logits: tuple[str, ...], max_drift: tuple[str, ...], per_block: bool,
-            as_json: bool) -> None:
+            report_folder: Path | None, as_json: bool) -> None:
     """Run REFERENCE and CANDIDATE on the same inputs and measure how far each output moved.
 
     Vectors are rows of the last axis; rows that are padding (attention_mask 0) do not count. Exit code 1 when a limit was
@@ -49,11 +52,16 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
         raise InputError("there is nothing to compare on: give real inputs with --data FEEDS, or --synthetic")
     feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(
         specs, model=model, count=4, provider=provider)
+    if report_folder is not None:
+        check_folder(report_folder)
     check = Check(reference, candidate, feeds, per_block=per_block, provider=provider, threads=threads, use_tf32=use_tf32,
                   allow_cpu=allow_cpu, logits=logits, limits=limits)
     with progress(as_json) as tell:
         found = verify_files(check, tell)
     drift, result = found.drift, found.to_json()
+    if report_folder is not None:
+        page = verify_page(reference, candidate, result, drift.missed, str(found.overflow) if found.overflow else None)
+        write_folder(report_folder, result, page)
     if as_json:
         emit(result)
     else:

@@ -81,14 +81,14 @@ def verify_files(check: Check, progress: Callable[[str], None] = lambda message:
         overflow = first_overflow(candidate, reference, check.feeds, provider=check.provider, threads=check.threads)
     if not check.per_block:
         return Verification(drift, overflow=overflow)
-    some = _spread(check.feeds)
+    some = spread(check.feeds)
     blocks = drift_per_block(reference, candidate, some, provider=check.provider, threads=check.threads,
                              use_tf32=check.use_tf32, logits=check.logits,
                              progress=lambda done, total: progress(f"block {done} of {total}"))
     return Verification(drift, blocks, len(some), overflow)
 
 
-def _spread(feeds: Feeds) -> Feeds:
+def spread(feeds: Feeds) -> Feeds:
     """At most ``BLOCK_FEEDS`` of ``feeds``, from beginning to end."""
     count = min(BLOCK_FEEDS, len(feeds))
     return feeds[::max(1, len(feeds) // count)][:count] if count else feeds

@@ -56,7 +56,8 @@ def bench(variants: Sequence[Variant], points: Sequence[Point], *, roofline: boo
         _add_rooflines(variants, points, found, options, progress)
     if len(points) == 1:
         return found[0]
-    machine = {**found[0]["machine"], "threads": list(dict.fromkeys(point.threads for point in points)),
+    threads = list(dict.fromkeys(point.threads for point in points))
+    machine = {**found[0]["machine"], "threads": threads if len(threads) > 1 else threads[0],
                "rounds": min(result["machine"]["rounds"] for result in found)}
     return {"machine": machine, "provider": found[0]["provider"],
             **{what: [{**entry, "shape": {name: list(shape) for name, shape in point.shape.items()}, "threads": point.threads}

@@ -198,10 +198,10 @@ def test_a_divided_folder_is_reported_on_its_report_part(cli, model, folder):
     assert report["drift"]["samples"] == 3
 
 
-def test_report_writes_three_files(cli, folder, model, feeds):
+def test_report_writes_its_files(cli, folder, model, feeds):
     outcome = cli("optimize", model, "-o", "out.onnx", "--data", feeds, "--report", "made/report", "--json")
     place = folder / "made" / "report"
-    assert {path.name for path in place.iterdir()} == {"report.json", "report.md", "plan.yaml"}
+    assert {path.name for path in place.iterdir()} == {"report.html", "report.json", "report.md", "plan.yaml", "details.json"}
     assert json.loads((place / "report.json").read_text()) == outcome.json
     assert yaml.safe_load((place / "plan.yaml").read_text()) == outcome.json["plan"]
     page = (place / "report.md").read_text()

@@ -15,9 +15,11 @@ from .edit import producer
 from .linear import Linear
 from .picked import picked
 from .shapes import ALIASES, turn_axis
+from .sizes import FeatureAxis, sizes
 
 Selection = npt.NDArray[np.int64] | None
 _DEPTH = 12
+_EVERYTHING = (1 << 31) - 1  # exporters write the end of an axis as the largest number of 32 or 64 bits
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def _trace(tensor: gs.Tensor, axis: int, linears: Mapping[int, Linear], depth: i
         if sequence is None or sequence.op != "SplitToSequence":
             return None
         cut = _trace(sequence.inputs[0], axis, linears, depth - 1)
-        index = _sequence_at(node, tensor, axis, len(cut.columns)) if cut is not None else None
+        index = (None if cut is None else
+                 _sequence_at(node, tensor, FeatureAxis(sequence.inputs[0], axis, len(cut.columns))))
         return None if cut is None or index is None else cut.behind(sequence).behind(node, index)
     if node.op not in ALIASES and node.op not in _CUTTERS:
         return None
@@ -85,7 +88,7 @@ def _trace(tensor: gs.Tensor, axis: int, linears: Mapping[int, Linear], depth: i
         return None
     if node.op in ALIASES:
         return cut.behind(node) if ALIASES[node.op](node, axis, len(cut.columns)) is None else None
-    index = _CUTTERS[node.op](node, tensor, axis, len(cut.columns))
+    index = _CUTTERS[node.op](node, tensor, FeatureAxis(node.inputs[0], axis, len(cut.columns)))
     return None if index is None else cut.behind(node, index)
 
 
@@ -110,89 +113,65 @@ def _added(node: gs.Node, axis: int, linears: Mapping[int, Linear], depth: int) 
     return None
 
 
-def _is_feature_axis(given: int, axis: int, value: gs.Tensor) -> bool:
-    if given < 0:
-        return given == axis
-    return given == len(value.shape) + axis if value.shape else given >= 1
-
-
-def _split(node: gs.Node, tensor: gs.Tensor, axis: int, width: int) -> Any:
-    if not _is_feature_axis(int(node.attrs.get("axis", 0)), axis, node.inputs[0]):
+def _split(node: gs.Node, tensor: gs.Tensor, features: FeatureAxis) -> Any:
+    if not features.holds(int(node.attrs.get("axis", 0))):
         return None
-    sizes = integers(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("split")
-    count = len(node.outputs)
-    if not sizes:
+    parts = sizes(node.inputs[1], features) if len(node.inputs) > 1 and node.inputs[1].name else node.attrs.get("split")
+    count, width = len(node.outputs), features.width
+    if not parts:
         size = -(-width // count)
-        sizes = [size] * (count - 1) + [width - size * (count - 1)]
+        parts = [size] * (count - 1) + [width - size * (count - 1)]
     number = next(i for i, output in enumerate(node.outputs) if output is tensor)
-    return slice(sum(sizes[:number]), sum(sizes[:number + 1])) if sum(sizes) == width else None
+    return slice(sum(parts[:number]), sum(parts[:number + 1])) if sum(parts) == width else None
 
 
-def _slice(node: gs.Node, tensor: gs.Tensor, axis: int, width: int) -> Any:
+def _slice(node: gs.Node, tensor: gs.Tensor, features: FeatureAxis) -> Any:
+    bounds: list[list[int] | None] = [None, None, None, None]
     if len(node.inputs) > 1:
-        starts = _number(node.inputs[1], node.inputs[0], axis, width)
-        ends = _number(node.inputs[2], node.inputs[0], axis, width)
-        axes = integers(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3].name else [0]
-        steps = integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
+        for number, value in enumerate(node.inputs[1:5]):
+            bounds[number] = sizes(value, features) if value.name else None
+            if value.name and bounds[number] is None:
+                return None
     else:
-        start, end = list(node.attrs["starts"]), list(node.attrs["ends"])
-        if len(start) != 1:
+        bounds = [list(node.attrs["starts"]), list(node.attrs["ends"]), node.attrs.get("axes"), None]
+    starts, ends, axes, steps = bounds
+    if not starts or not ends:
+        return None
+    axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
+    if not len(starts) == len(ends) == len(axes) == len(steps):
+        return None
+    found = None
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if features.holds(axis):
+            found = slice(start, end, step)
+        elif start != 0 or end < _EVERYTHING or step != 1:
             return None
-        starts, ends, axes, steps = start[0], end[0], list(node.attrs.get("axes", [0])), [1]
-    if starts is None or ends is None or axes is None or steps is None or len(axes) != 1:
-        return None
-    if not _is_feature_axis(axes[0], axis, node.inputs[0]):
-        return None
-    return slice(starts, ends, steps[0])
+    return found
 
 
-def _gather(node: gs.Node, tensor: gs.Tensor, axis: int, width: int) -> Any:
-    if not _is_feature_axis(int(node.attrs.get("axis", 0)), axis, node.inputs[0]):
+def _gather(node: gs.Node, tensor: gs.Tensor, features: FeatureAxis) -> Any:
+    if not features.holds(int(node.attrs.get("axis", 0))):
         return None
     indices = integers(node.inputs[1])
-    return np.asarray(indices) if indices and len(indices) > 1 else None
+    if not indices or len(indices) < 2 or not all(-features.width <= index < features.width for index in indices):
+        return None
+    return np.asarray(indices)
 
 
-def _sequence_at(node: gs.Node, tensor: gs.Tensor, axis: int, width: int) -> Any:
+def _sequence_at(node: gs.Node, tensor: gs.Tensor, features: FeatureAxis) -> Any:
     sequence = producer(node.inputs[0])
     position = integers(node.inputs[1])
-    if sequence is None or position is None:
+    if sequence is None or not position or not features.holds(int(sequence.attrs.get("axis", 0))):
         return None
-    if not _is_feature_axis(int(sequence.attrs.get("axis", 0)), axis, sequence.inputs[0]):
+    parts = sizes(sequence.inputs[1], features) if len(sequence.inputs) > 1 else [1]
+    if not parts or min(parts) < 1:
         return None
-    sizes = integers(sequence.inputs[1]) if len(sequence.inputs) > 1 else [1]
-    if not sizes:
-        return None
-    if len(sizes) == 1:
-        sizes = [min(sizes[0], width - start) for start in range(0, width, sizes[0])]
-    part = position[0] % len(sizes)
-    return slice(sum(sizes[:part]), sum(sizes[:part + 1])) if sum(sizes) == width else None
+    width = features.width
+    if len(parts) == 1:
+        parts = [min(parts[0], width - start) for start in range(0, width, parts[0])]
+    part = position[0] % len(parts)
+    return slice(sum(parts[:part]), sum(parts[:part + 1])) if sum(parts) == width else None
 
 
-def _number(tensor: gs.Tensor, cut: gs.Tensor, axis: int, width: int) -> int | None:
-    """A bound of a Slice: a constant, or arithmetic on the size of the axis that is cut."""
-    known = integers(tensor)
-    if known is not None:
-        return known[0] if len(known) == 1 else None
-    node = producer(tensor)
-    if node is None:
-        return None
-    if node.op in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"):
-        return _number(node.inputs[0], cut, axis, width)
-    if node.op in ("Gather", "Slice"):
-        shape = producer(node.inputs[0])
-        index = integers(node.inputs[1])
-        if shape is None or shape.op != "Shape" or index is None or len(index) != 1:
-            return None
-        return width if _is_feature_axis(index[0], axis, cut) else None
-    if node.op in _ARITHMETIC:
-        left = _number(node.inputs[0], cut, axis, width)
-        right = _number(node.inputs[1], cut, axis, width)
-        return None if left is None or right is None else _ARITHMETIC[node.op](left, right)
-    return None
-
-
-_ARITHMETIC: dict[str, Callable[[int, int], int | None]] = {
-    "Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b,
-               "Div": lambda a, b: a // b if b else None}
-_CUTTERS = {"Split": _split, "Slice": _slice, "Gather": _gather, "SequenceAt": _sequence_at}
+_CUTTERS: dict[str, Callable[[gs.Node, gs.Tensor, FeatureAxis], Any]] = {
+    "Split": _split, "Slice": _slice, "Gather": _gather, "SequenceAt": _sequence_at}

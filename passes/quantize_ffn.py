@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -9,6 +10,8 @@ from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..runtime.processor import products_saturate
 from .base import BlockPass, Context, PassResult, Refused
+from .form_choice import NEVER_SLOWER, fastest_form, parse_shapes
+from .keep_float import worst_blocks
 from .linear_groups import LinearGroup, block_groups, merged
 from .other_linears import other_groups
 from .quantize_unit import Form, Recipe, Unit, quantize_units, smooth_units
@@ -49,7 +52,8 @@ class QuantizeFFN(BlockPass):
 
     name: ClassVar[str] = "quantize-ffn"
     exact: ClassVar[bool] = False
-    target: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "what picks the form"})
+    target: Literal["cpu", "cuda", "auto"] = field(default="cpu", metadata={
+        "help": "what picks the form; auto races the forms here, and leaves the model alone where none is faster"})
     form: Literal["by-target", "dynamic", "nbits", "weight-only"] = field(default="by-target", metadata={
         "help": "integer kernels, blocks of integers, or storage only"})
     bits: Literal[8, 4] = field(default=8, metadata={"help": "of a stored weight"})
@@ -65,6 +69,10 @@ class QuantizeFFN(BlockPass):
     percentile: float = field(default=99.9, metadata={"help": "for scale=percentile"})
     bias_correction: bool = field(default=False, metadata={"help": "take the mean error out of the bias (feeds)"})
     gptq: bool = field(default=False, metadata={"help": "let later roundings undo the error of earlier ones (feeds)"})
+    keep_float: float | None = field(default=None, metadata={
+        "help": "leave the blocks in float that alone cost most: how many, or (below 1) from which rel_l2 of an output on"})
+    shapes: str | None = field(default=None, metadata={
+        "help": "for target=auto: sizes of the open dimensions of the inputs, e.g. 1x1+8x128; else as the feeds are"})
     reduced_range: Literal["auto", "true", "false"] = field(default="auto", metadata={
         "help": "7-bit weights, where sums of int8 products saturate: x86 without VNNI"})
 
@@ -84,6 +92,10 @@ class QuantizeFFN(BlockPass):
             raise ValueError(f"block_size={self.block_size}: take a power of two from 16 on")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise ValueError(f"strength={self.strength}: lies between 0 and 1")
+        if self.keep_float is not None and (self.keep_float <= 0 or (self.keep_float > 1 and self.keep_float % 1)):
+            raise ValueError(f"keep_float={self.keep_float}: a number of blocks, or a drift below 1")
+        if self.shapes is not None:
+            parse_shapes(self.shapes)
         if not 50 <= self.percentile <= 100:
             raise ValueError(f"percentile={self.percentile}: lies between 50 and 100")
 
@@ -96,7 +108,7 @@ class QuantizeFFN(BlockPass):
     @property
     def needs_feeds(self) -> bool:
         """Where something is measured."""
-        return self.smooth == "feeds" or self.bias_correction or self.gptq
+        return self.smooth == "feeds" or self.bias_correction or self.gptq or self.keep_float is not None
 
     def check(self, block: FFNBlock) -> Refused | None:
         """Only float weights that stay what they are."""
@@ -110,8 +122,13 @@ class QuantizeFFN(BlockPass):
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Quantize the chosen blocks, and the other linears where they are asked for."""
+        if self.target == "auto":
+            return self._raced(model, context)
         recipe, notes = self._recipe()
         units, refused = self._units(model, context)
+        if self.keep_float is not None:
+            units, kept = self._without_worst(model, units, context)
+            refused += kept
         needed = {"dynamic": 11, "nbits": 1, "weight-only": 10}[recipe.form]
         if model.opset < needed:
             refused += [unit.refused(f"the form needs opset {needed}, the model has {model.opset}") for unit in units]
@@ -124,6 +141,38 @@ class QuantizeFFN(BlockPass):
                 refused.append(refusal)
             fired += refusal is None
         return self.result(fired, sorted(refused, key=lambda each: -1 if each.block is None else each.block), notes)
+
+    def _raced(self, model: Model, context: Context) -> PassResult:
+        """The fastest form that is never slower than the input, done; or nothing."""
+        units, refused = self._units(model, context)
+        blocks = {unit.block: context.ledger.blocks[unit.block] for unit in units if unit.block is not None}
+        if not units:
+            return self.result(0, refused)
+        forms: list[Form] = ["nbits"] if self.bits == 4 or self.block_size else ["dynamic", "nbits"]
+        if self.form != "by-target":
+            forms = [self.form]
+        elif context.provider == "cuda":
+            forms = ["nbits"] if self.bits == 4 else ["nbits", "weight-only"]
+        plain = dataclasses.replace(self, target="cuda" if context.provider == "cuda" else "cpu", shapes=None)
+        candidates = {form: dataclasses.replace(plain, form=form) for form in forms}
+        choice = fastest_form(model, {form: dataclasses.replace(each, keep_float=None) for form, each in candidates.items()},
+                              blocks, parse_shapes(self.shapes) if self.shapes else [], context)
+        if choice.form is None:
+            reason = f"no form is sure to be at least {NEVER_SLOWER} times as fast as the input on every shape here"
+            return self.result(0, [*refused, *(unit.refused(reason) for unit in units)], choice.notes)
+        result = candidates[choice.form].run(model, context)
+        return self.result(result.fired, result.refused, [*choice.notes, *result.notes])
+
+    def _without_worst(self, model: Model, units: list[Unit], context: Context) -> tuple[list[Unit], list[Refused]]:
+        """The units without the blocks that cost most, and those."""
+        assert self.keep_float is not None
+        blocks = {unit.block: context.ledger.blocks[unit.block] for unit in units if unit.block is not None}
+        if not blocks:
+            return units, []
+        worst = worst_blocks(model, dataclasses.replace(self, keep_float=None), blocks, self.keep_float, context)
+        kept = [unit.refused(f"kept in float: alone it moves an output by rel_l2 {worst[unit.block]:.2g}")
+                for unit in units if unit.block in worst]
+        return [unit for unit in units if unit.block not in worst], kept
 
     def _recipe(self) -> tuple[Recipe, list[str]]:
         """What the options come to on this machine, and sentences about it."""

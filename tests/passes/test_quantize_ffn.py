@@ -14,13 +14,14 @@ from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.graph.nbits import dequantize_nbits, pack_nbits
-from ffnfold.passes import quantize_ffn
+from ffnfold.passes import form_choice, quantize_ffn
 from ffnfold.passes.base import PassResult
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from ffnfold.passes.weight_codes import Rounding
 from ffnfold.runtime import Feeds
 from ffnfold.runtime.processor import products_saturate
+from ffnfold.runtime.specs import input_specs
 from onnx import TensorProto, helper
 
 D, FF = 64, 256
@@ -450,3 +451,75 @@ def test_measuring_needs_feeds(tmp_path):
     for options in ("smooth=feeds", "gptq=true", "bias_correction=true"):
         with pytest.raises(InputError, match="needs real inputs"):
             quantize(transformer(1, D, FF), tmp_path, options)
+
+
+# what is left in float, and which form
+
+def test_the_block_that_costs_most_stays_in_float(tmp_path):
+    s = transformer(3, D, FF, activation="gelu")
+    up, bias, down = ([name for name, weight in s.initializers.items() if list(weight.dims) == shape][1]
+                      for shape in ([D, FF], [FF], [FF, D]))
+    numbers = {name: onnx.numpy_helper.to_array(s.initializers[name]).copy() for name in (up, bias, down)}
+    numbers[up][:, ::7], numbers[bias][::7] = 0, 0
+    numbers[down][::7] *= 200  # neurons that are always 0 ruin the scale of every column
+    for name, array in numbers.items():
+        s.initializers[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
+    for options in ("bits=4,block_size=256,keep_float=1", "bits=4,block_size=256,keep_float=0.2,also=attention"):
+        model, result = quantize(s, tmp_path, options, Feeds.of([X]))
+        assert result.fired == 2
+        assert [(refused.block, refused.reason.split(":")[0]) for refused in result.refused] == [(1, "kept in float")]
+        assert [block.quantized for block in find_ffn_blocks(model)] == [True, False, True]
+    _, result = quantize(s, tmp_path, "keep_float=0.9", Feeds.of([X]))
+    assert result.fired == 3
+
+
+def test_auto_takes_the_fastest_form_and_says_what_it_measured(tmp_path, monkeypatch):
+    s = transformer(2, D, FF, activation="gelu")
+    for winner, loser in itertools.permutations(("dynamic", "nbits")):
+        def measured(sources, feeds, winner=winner, **settings):
+            assert [feed["x"].shape for feed in feeds] == [(2, 4, D)]
+            operators = [Counter(ops(source)) for source in sources]
+            assert operators[0]["MatMul"] == 4
+            assert operators[1]["MatMulIntegerToFloat"] == 4
+            assert operators[2]["MatMulNBits"] == 4
+            speed = {"dynamic": 1.1, "nbits": 1.1, winner: 1.5}
+            return {"ratios": [{"speedup": speed[form], "low": speed[form] - 0.05, "high": speed[form] + 0.05}
+                               for form in ("dynamic", "nbits")]}
+
+        monkeypatch.setattr(form_choice, "race", measured)
+        model, result = quantize(s, tmp_path, "target=auto,shapes=2x4")
+        assert result.fired == 2
+        assert ("MatMulNBits" in ops(model)) == (winner == "nbits")
+        assert f"{loser}: 1.10× (1.05 to 1.15) on 2x4" in result.notes
+
+
+def test_auto_leaves_the_model_alone_where_every_form_is_slower_somewhere(tmp_path, monkeypatch):
+    def measured(sources, feeds, **settings):
+        slow = {"speedup": 1.0, "low": 0.97, "high": 1.03}
+        fast = {"speedup": 2.0, "low": 1.9, "high": 2.1}
+        return {"ratios": [fast, slow] if feeds[0]["x"].shape[1] == 1 else [slow, fast]}
+
+    monkeypatch.setattr(form_choice, "race", measured)
+    s = transformer(2, D, FF, activation="gelu")
+    model, result = quantize(s, tmp_path, "target=auto,shapes=1x1+8x16")
+    assert (result.fired, len(result.refused), len(result.notes)) == (0, 2, 2)
+    assert ops(model) == [node.op_type for node in s.nodes]
+
+
+def test_auto_races_for_real(tmp_path):
+    s = transformer(1, 256, 1024, activation="relu")
+    _, result = quantize(s, tmp_path, "target=auto,shapes=1x64")
+    assert len(result.notes) == 2
+    assert result.fired or "0.98 times as fast" in result.refused[0].reason
+
+
+def test_shapes_cut_or_repeat_real_feeds(tmp_path):
+    s = transformer(1, D, FF)
+    onnx.save_model(s.model(), tmp_path / "model.onnx")
+    model = Model.load(tmp_path / "model.onnx")
+    specs = input_specs(model)
+    cut = form_choice.shaped_feeds(model, specs, (3, 5), Feeds.of([X]))[0]["x"]
+    assert np.array_equal(cut, X["x"][[0, 1, 0], :5])
+    assert form_choice.shaped_feeds(model, specs, (3,), None)[0]["x"].shape == (3, 128, D)
+    with pytest.raises(InputError, match="2 open dimensions"):
+        form_choice.shaped_feeds(model, specs, (1, 2, 3), None)

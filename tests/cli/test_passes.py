@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ffnfold.passes.options import describe
 from ffnfold.passes.registry import PASSES
 
 
@@ -31,6 +32,6 @@ def test_what_is_exact(cli):
 
 def test_the_table_names_passes_and_options(cli):
     out = cli("passes").out
-    for name in PASSES:
+    for name, kind in PASSES.items():
         assert name in out
-    assert "row_scale=True" in out or "row_scale=true" in out
+        assert all(f"{option['name']}=" in out for option in describe(kind))

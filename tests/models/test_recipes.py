@@ -47,11 +47,11 @@ def test_what_a_recipe_is_made_from_is_pinned(recipe):
 
 def test_every_wheel_is_pinned():
     found = list(wheels())
-    assert len(found) == 9
+    assert len(found) >= len(models.RECIPES)
     for wheel in found:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", wheel.requirement)
         assert re.fullmatch("[0-9a-f]{64}", wheel.sha256)
-    assert len({wheel.sha256 for wheel in found}) == 8
+    assert len({wheel.sha256 for wheel in found}) == len(found)
 
 
 def test_no_image_is_in_two_parts():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from ffn_graphs import Sketch, drift, ops, run, transformer
+from ffn_graphs import Sketch, drift, run, transformer
 from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
@@ -84,5 +84,4 @@ def test_a_plan_runs_on_such_a_model(tmp_path):
     assert [result.fired for result in results] == [2, 2]
     (tmp_path / "out").mkdir()
     model.save(tmp_path / "out" / "model.onnx")
-    assert "MatMulInteger" in ops(model)
     assert 0 < drift(run(s.model(), X), run(tmp_path / "out" / "model.onnx", X)) < 0.05

@@ -15,6 +15,7 @@ from ..runtime import Feeds, race, synthetic_feeds
 from ..runtime.feeds import Feed
 from ..runtime.specs import InputSpec, input_specs
 from .base import BlockPass, Context
+from .quantize_unit import Form
 from .trial import attempt, positions
 
 NEVER_SLOWER = 0.98
@@ -30,11 +31,11 @@ class Choice:
         notes: what was measured, a sentence a form.
     """
 
-    form: str | None
+    form: Form | None
     notes: list[str]
 
 
-def fastest_form(model: Model, candidates: Mapping[str, BlockPass], blocks: Mapping[int, FFNBlock],
+def fastest_form(model: Model, candidates: Mapping[Form, BlockPass], blocks: Mapping[int, FFNBlock],
                  shapes: Sequence[Sequence[int]], context: Context) -> Choice:
     """The form with the largest mean speed-up among those that are slower than the input on no shape.
 
@@ -51,7 +52,7 @@ def fastest_form(model: Model, candidates: Mapping[str, BlockPass], blocks: Mapp
         context.progress(f"{each.name}: trying {form}")
         trials[form] = attempt(model, each, at, context)
     specs = input_specs(model)
-    speeds: dict[str, list[Mapping[str, float]]] = {form: [] for form in trials}
+    speeds: dict[Form, list[Mapping[str, float]]] = {form: [] for form in trials}
     names = []
     for shape in shapes or [()]:
         names.append("x".join(map(str, shape)) or "the feeds")
@@ -65,7 +66,7 @@ def fastest_form(model: Model, candidates: Mapping[str, BlockPass], blocks: Mapp
                                      for name, ratio in zip(names, found, strict=True)) for form, found in speeds.items()]
     fit = {form: math.prod(ratio["speedup"] for ratio in found) for form, found in speeds.items()
            if all(ratio["low"] >= NEVER_SLOWER for ratio in found)}
-    return Choice(max(fit, key=lambda form: fit[form]) if fit else None, notes)
+    return Choice(max(fit, key=fit.__getitem__, default=None), notes)
 
 
 def parse_shapes(text: str) -> list[tuple[int, ...]]:

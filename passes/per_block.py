@@ -77,17 +77,17 @@ def drift_per_block(reference: Model, candidate: Model, feeds: Feeds, *, provide
                     progress: Callable[[int, int], None] = lambda done, total: None) -> list[BlockDrift]:
     """The drift of every FFN block of ``reference``, in order of execution.
 
-    Blocks that lie in a subgraph, or whose edge the candidate does not compute (another exporter's file), have a ``reason``
-    instead. What is rewritten between two blocks (attention) counts to the chain of the second.
-
-    An output that a block does not reach keeps, in the chain, what the blocks before it did to it.
+    Blocks that lie in a subgraph, whose edge the candidate does not compute (another exporter's file), or for which ONNX
+    Runtime does not run a part of one of the models have a ``reason`` instead. What is rewritten between two blocks
+    (attention) counts to the chain of the second. An output that a block does not reach keeps, in the chain, what the blocks
+    before it did to it.
 
     Args:
         logits: outputs that are logits, besides one called ``logits``.
         progress: called after each block with how many are done and how many there are.
 
     Raises:
-        InputError: no feeds, or ONNX Runtime fails.
+        InputError: no feeds, or ONNX Runtime refuses one of the models.
     """
     if not len(feeds):
         raise InputError("there are no feeds to compare on: give some with --data, or --synthetic")
@@ -97,8 +97,11 @@ def drift_per_block(reference: Model, candidate: Model, feeds: Feeds, *, provide
     result = [BlockDrift(index, found.names[index], reason=reason) for index, reason in found.left_out.items()]
     before: BlockDrift | None = None
     for done, span in enumerate(found.spans, 1):
-        before = bench.measure(span, before)
-        result.append(before)
+        try:
+            before = bench.measure(span, before)
+            result.append(before)
+        except InputError as error:  # of a part of the model alone; the whole runs
+            result.append(BlockDrift(span.index, span.name, reason=str(error)))
         progress(done, len(found.spans))
     return sorted(result, key=lambda each: each.block)
 
@@ -238,7 +241,7 @@ def _same(first: Array, second: Array) -> bool:
 def _check_shapes(name: str, first: Array, second: Array) -> None:
     if first.shape != second.shape:
         raise InputError(f"value '{name}': the reference gives the shape {list(first.shape)}, the candidate "
-                         f"{list(second.shape)}: its blocks cannot be compared one by one, leave --per-block out")
+                         f"{list(second.shape)}")
 
 
 def _damage(metrics: Metrics) -> float:

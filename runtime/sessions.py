@@ -157,7 +157,6 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder.name) / "trace")
     if (outputs or lean) and not isinstance(source, Model):
         source = Model.load(source)
-    switched_off: list[str] = []
     held: list[Any] = []
     if isinstance(source, Model):
         name = str(source.path)
@@ -167,7 +166,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         if folder_of_weights is not None:
             options.add_session_config_entry(_FOLDER, str(folder_of_weights))
         if lean and provider == "cpu":
-            switched_off = make_lean(options, opened)
+            make_lean(options, opened)
         with complaints(name, "take the weights of"):
             held = [weight_value(values) for values in weights.values()]
             if held:
@@ -177,8 +176,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
         if not Path(source).is_file():
             raise InputError(f"{name}: no such file: check the path")
     with complaints(name, "load"):
-        raw = onnx_runtime().InferenceSession(opened, options, providers=chosen, enable_fallback=False,
-                                                    disabled_optimizers=switched_off)
+        raw = onnx_runtime().InferenceSession(opened, options, providers=chosen, enable_fallback=False)
     if PROVIDERS[provider] not in raw.get_providers():
         raise InputError(f"provider '{provider}': its libraries cannot be loaded: check the NVIDIA driver, then "
                          "pip install 'onnxruntime-gpu[cuda,cudnn]'")

@@ -189,6 +189,22 @@ def test_blocks_that_cannot_be_found_in_the_candidate_say_so(tmp_path, feeds):
     assert "has no value 'stream_0'" in entries[0]["reason"]
 
 
+def test_a_block_of_another_shape_leaves_the_others(tmp_path, feeds):
+    path = transformer(3).save(tmp_path / "model.onnx")
+    other = onnx.load(path)
+    node = next(node for node in other.graph.node if list(node.output) == ["stream_0"])
+    node.output[0] = "before"
+    other.graph.node.append(onnx.helper.make_node("Unsqueeze", ["before", "zero"], ["stream_0"]))
+    other.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), "zero"))
+    reader = next(node for node in other.graph.node if "y" in node.output)
+    reader.input[0] = "flat"
+    other.graph.node.append(onnx.helper.make_node("Squeeze", ["stream_2", "zero"], ["flat"]))
+    onnx.save(other, tmp_path / "other.onnx")
+    entries = ranked(drift_per_block(Model.load(path), Model.load(tmp_path / "other.onnx"), feeds))
+    assert [each["rank"] for each in entries] == [None, None, None]
+    assert "the candidate [1, 2, 6, 8]" in entries[0]["reason"]
+
+
 def test_a_block_that_gives_infinities_ranks_first(tmp_path, feeds):
     path = transformer(3).save(tmp_path / "model.onnx")
     broken = onnx.load(path)

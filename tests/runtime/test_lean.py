@@ -46,6 +46,21 @@ def test_a_lean_session_computes_the_same(workshop, random):
         np.testing.assert_allclose(open_session(source, lean=True).run({"x": x})["y"], x @ weight.T, rtol=1e-4, atol=1e-5)
 
 
+def test_a_table_that_is_transposed_and_resized(workshop, random):
+    """ONNX Runtime moves the Transpose behind the Resize, which it then cannot do, unless it has folded it before."""
+    table = random.standard_normal((1, 64, 64, 96), np.float32)
+    nodes = [helper.make_node("Transpose", ["table"], ["t"], perm=[0, 3, 1, 2]),
+             helper.make_node("Shape", ["x"], ["size"]),
+             helper.make_node("Resize", ["t", "", "", "size"], ["r"], mode="cubic", coordinate_transformation_mode="half_pixel"),
+             helper.make_node("Transpose", ["r"], ["b"], perm=[0, 2, 3, 1]),
+             helper.make_node("Transpose", ["x"], ["a"], perm=[0, 2, 3, 1]), helper.make_node("Add", ["a", "b"], ["y"])]
+    path = workshop.save(nodes, {"x": (TensorProto.FLOAT, [1, 96, "h", "w"])}, {"y": (TensorProto.FLOAT, [1, "h", "w", 96])},
+                         {"table": table})
+    x = random.standard_normal((1, 96, 48, 40), np.float32)
+    ever, lean = (open_session(path, lean=lean).run({"x": x})["y"] for lean in (False, True))
+    np.testing.assert_allclose(ever, lean, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_lean_session_holds_no_copy_of_weights_in_a_file(workshop, random, tmp_path):
     turned(workshop, random.standard_normal((8, 8), np.float32), "small.onnx")

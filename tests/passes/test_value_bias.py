@@ -192,6 +192,22 @@ def test_a_softmax_over_the_queries(tmp_path):
     assert "over the keys" in result.refused[0].reason
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_softmax_over_the_last_of_four_axes(tmp_path, told):
+    """axis=3 is over the keys where there are four axes; a mask may have more."""
+    a = Attention()
+    s = a.build()
+    softmax = next(node for node in s.nodes if node.op_type == "Softmax")
+    softmax.attribute[0].i = 3
+    feed = dict(X)
+    if not told:
+        mask = s.input("mask", None)
+        s.nodes.insert(s.nodes.index(softmax), onnx.helper.make_node("Add", [softmax.input[0], mask], ["masked"]))
+        softmax.input[0] = "masked"
+        feed["mask"] = np.zeros((1, 1, 1, 1), np.float32)
+    check(s, tmp_path, told, feed)
+
+
 def test_a_value_that_is_kept_for_the_next_token(tmp_path):
     a = Attention()
     s = a.build()

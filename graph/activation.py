@@ -129,6 +129,6 @@ def _with_parameter(curve: Array, grid: Array) -> tuple[str, float]:
         return "leaky_relu", factor
     shape = np.expm1(grid[left])
     alpha = float(below @ shape / (shape @ shape))
-    if alpha > 0 and np.abs(below - alpha * shape).max() < 1e-3 * alpha:
-        return "elu", factor
+    if alpha > 0 and np.abs(below - alpha * shape).max() < 1e-3 * alpha and (factor == 1 or abs(alpha - 1) < 1e-3):
+        return "elu", factor  # not selu, which has both
     return "custom", 1.0

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from .constant import Folded, fold, integers
 from .edit import producer
+from .halves import half
 from .linear import Linear
 from .picked import picked
 from .shapes import ALIASES, turn_axis
@@ -58,10 +59,20 @@ def select(tensor: gs.Tensor, axis: int, width: int, linears: Mapping[int, Linea
 
     None where ``tensor`` is not a proper choice of columns.
     """
-    cut = _trace(tensor, axis, linears, _DEPTH)
+    cut = _trace(tensor, axis, linears, _DEPTH) or _half(tensor, axis, width, linears)
     if cut is None or len(cut.columns) != width or not any(node.op in _CUTTERS for node in cut.nodes):
         return None
     return cut
+
+
+def _half(tensor: gs.Tensor, axis: int, width: int, linears: Mapping[int, Linear]) -> Cut | None:
+    part = half(tensor, axis, width)
+    cut = _trace(part.value, -1, linears, _DEPTH) if part is not None else None
+    if part is None or cut is None or len(cut.columns) != part.width:
+        return None
+    for node in part.nodes[:-1]:
+        cut = cut.behind(node)
+    return cut.behind(part.nodes[-1], part.columns)
 
 
 def _trace(tensor: gs.Tensor, axis: int, linears: Mapping[int, Linear], depth: int) -> Cut | None:

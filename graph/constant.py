@@ -20,11 +20,12 @@ import onnx_graphsurgeon as gs
 
 from .edit import producer
 from .errors import InputError
-from .types import numpy_type
+from .types import FLOATS, numpy_type
 from .weights import size_of
 
 Array = npt.NDArray[Any]
 _DEPTH = 16
+_LARGEST_PRODUCT = 1 << 28  # numbers in a product of two constants, as of low-rank adapters
 _MOST_NODES = 64  # between a value and what it is computed from; a value used twice counts twice, also in time
 _MOST_AXES = 64
 _MOST_GROWN = 1 << 20  # elements, where they are more than twice as many as stored: a Gather can make anything of little
@@ -298,8 +299,36 @@ def _binary(function: Callable[[Array, Array], Array]) -> Callable[..., Folded |
     return rule
 
 
+def _divide(node: gs.Node, a: Folded, b: Folded) -> Folded | None:
+    if a.onnx_type not in FLOATS:
+        return None
+    return _computed(np.broadcast_shapes(a.shape, b.shape), a.onnx_type, lambda: np.asarray(a.load() / b.load()))
+
+
+def _matmul(node: gs.Node, a: Folded, b: Folded) -> Folded | None:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.onnx_type not in FLOATS:
+        return None
+    if a.shape[1] != b.shape[0] or a.shape[0] * b.shape[1] > _LARGEST_PRODUCT:
+        return None
+    return _computed((a.shape[0], b.shape[1]), a.onnx_type, lambda: np.asarray(a.load() @ b.load()))
+
+
+def _concat(node: gs.Node, *parts: Folded | None) -> Folded | None:
+    whole = [part for part in parts if part is not None]
+    axis = int(node.attrs.get("axis", 0)) % max(len(whole[0].shape), 1)
+    rests = {(*part.shape[:axis], *part.shape[axis + 1:]) for part in whole}
+    if len(whole) != len(parts) or len(rests) != 1 or len({part.onnx_type for part in whole}) != 1:
+        return None
+    if any(axis >= len(part.shape) for part in whole):
+        return None
+    first = whole[0].shape
+    shape = (*first[:axis], sum(part.shape[axis] for part in whole), *first[axis + 1:])
+    return _computed(shape, whole[0].onnx_type, lambda: np.concatenate([part.load() for part in whole], axis))
+
+
 _RULES: dict[str, Callable[..., Folded | None]] = {
     "Identity": _identity, "Cast": _cast, "CastLike": _cast, "Transpose": _transpose, "Reshape": _reshape,
     "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Gather": _gather, "Slice": _slice, "DequantizeLinear": _dequantize,
     "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply),
+    "Div": _divide, "MatMul": _matmul, "Concat": _concat,
 }

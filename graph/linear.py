@@ -117,7 +117,7 @@ def _weight_key(folded: Folded, weight: gs.Tensor, trans: bool) -> tuple[object,
     if not folded.sources:
         return None
     ops = tuple(node.op for node in folded.nodes)
-    cut = id(weight) if {"Gather", "Slice"} & set(ops) else 0
+    cut = id(weight) if {"Gather", "Slice", "Concat", "MatMul"} & set(ops) else 0
     return (id(folded.sources[0]), ops, trans, cut)
 
 
@@ -197,22 +197,25 @@ def _conv(node: gs.Node) -> Linear | None:
 
 
 def _einsum(node: gs.Node) -> Linear | None:
-    """``...i,io->...o`` and ``...i,oi->...o`` in any letters."""
+    """``...i,io->...o`` and ``...i,oi->...o`` in any letters; ``...i,eio->...e...o`` with the experts' weights packed."""
     equation = str(node.attrs.get("equation", "")).replace(" ", "")
     if "->" not in equation or len(node.inputs) != 2:
         return None
     left, result = equation.split("->")
     x, w = left.split(",")
-    if len(w) != 2 or "." in w:
+    if len(w) not in (2, 3) or "." in w or len(set(w)) != len(w):
         return None
-    trans = False
-    if x[-1:] == w[1] and w[0] == result[-1:]:
-        trans = True
-    elif x[-1:] != w[0] or w[1] != result[-1:]:
+    trans = x[-1:] == w[-1] and w[-2] == result[-1:]
+    if not trans and (x[-1:] != w[-2] or w[-1] != result[-1:]):
         return None
-    if x[:-1] != result[:-1] or set(w) & set(x[:-1]):
+    expert = w[:-2]
+    rows = x[:-1].replace(expert, "") if expert else x[:-1]
+    if rows != (result[:-1].replace(expert, "") if expert else result[:-1]) or set(w[-2:]) & set(rows):
         return None
-    return _plain(node, node.inputs[0], node.inputs[1], trans)
+    if expert and expert not in result[:-1]:
+        return None  # summed over the experts
+    linear = _plain(node, node.inputs[0], node.inputs[1], trans)
+    return linear if linear is None or (linear.experts != 1) == bool(expert) else None
 
 
 def _nbits(node: gs.Node) -> Linear | None:

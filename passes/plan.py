@@ -98,8 +98,13 @@ EXACT_PLAN = ("clean-up", "dedupe-weights", "canonicalize-ffn", "drop-neurons", 
 
 
 def default_plan(target: str) -> Plan:
-    """What ``optimize`` runs when it is told nothing: the exact passes, then int8. Needs no feeds."""
-    return Plan.parse([*EXACT_PLAN, "quantize-ffn:form=weight-only" if target == "cuda" else "quantize-ffn"])
+    """What ``optimize`` runs when it is told nothing: the exact passes, then int8. Needs no feeds.
+
+    Without ``fold-norm``: where a few features of the residual stream are a hundred times the others, γ evens them out, and
+    what is rounded should be behind it.
+    """
+    exact = [each for each in EXACT_PLAN if each != "fold-norm"]
+    return Plan.parse([*exact, "quantize-ffn:form=weight-only" if target == "cuda" else "quantize-ffn"])
 
 
 def _parse(text: str) -> Pass:

@@ -71,7 +71,7 @@ class QuantizeFFN(BlockPass):
     gptq: bool = field(default=False, metadata={"help": "let later roundings undo the error of earlier ones (feeds)"})
     keep_float: float | None = field(default=None, metadata={
         "help": "leave the blocks in float that alone cost most: how many, or (below 1) from which rel_l2 of an output on"})
-    shapes: str | None = field(default=None, metadata={
+    shapes: str = field(default="", metadata={
         "help": "for target=auto: sizes of the open dimensions of the inputs, e.g. 1x1+8x128; else as the feeds are"})
     reduced_range: Literal["auto", "true", "false"] = field(default="auto", metadata={
         "help": "7-bit weights, where sums of int8 products saturate: x86 without VNNI"})
@@ -94,7 +94,7 @@ class QuantizeFFN(BlockPass):
             raise ValueError(f"strength={self.strength}: lies between 0 and 1")
         if self.keep_float is not None and (self.keep_float <= 0 or (self.keep_float > 1 and self.keep_float % 1)):
             raise ValueError(f"keep_float={self.keep_float}: a number of blocks, or a drift below 1")
-        if self.shapes is not None:
+        if self.shapes:
             parse_shapes(self.shapes)
         if not 50 <= self.percentile <= 100:
             raise ValueError(f"percentile={self.percentile}: lies between 50 and 100")
@@ -153,7 +153,7 @@ class QuantizeFFN(BlockPass):
             forms = [self.form]
         elif context.provider == "cuda":
             forms = ["nbits"] if self.bits == 4 else ["nbits", "weight-only"]
-        plain = dataclasses.replace(self, target="cuda" if context.provider == "cuda" else "cpu", shapes=None)
+        plain = dataclasses.replace(self, target="cuda" if context.provider == "cuda" else "cpu", shapes="")
         candidates = {form: dataclasses.replace(plain, form=form) for form in forms}
         choice = fastest_form(model, {form: dataclasses.replace(each, keep_float=None) for form, each in candidates.items()},
                               blocks, parse_shapes(self.shapes) if self.shapes else [], context)

@@ -14,7 +14,7 @@ from .input_statistics import InputStatistics, input_statistics
 from .integer_weight import IntegerWeight, integer_weight
 from .linear_groups import LinearGroup
 from .nbits import quantize_nbits
-from .smooth import can_divide_hidden, factors, smooth
+from .smooth import can_divide_hidden, counterweights, factors, smooth
 from .weight_codes import Rounding
 from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, is_matrix, stored_weight
 
@@ -70,17 +70,22 @@ class Unit:
 
 def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: Context) -> None:
     """Take large channels out of what the groups read, by exact algebra on the float model."""
-    if recipe.smooth == "none" or recipe.form != "dynamic":
+    if recipe.smooth == "none":
         return
     groups = [group for unit in units for group in unit.groups if _plain(group)]
     known: Mapping[int, InputStatistics | None] = {}
-    if recipe.smooth == "feeds":
+    if recipe.smooth == "feeds" and recipe.form == "dynamic":
         known = dict(_measured(model, groups, context, gram=False))
     for unit in units:
         for group in reversed(unit.groups):  # what is divided by in the up projection must be known before that is smoothed
             if not _plain(group) or (group.down and not (recipe.smooth == "feeds" and can_divide_hidden(group))):
                 continue
-            scale = factors(group, recipe.strength, known.get(id(group.input)))
+            scale = None
+            if recipe.form == "dynamic":
+                scale = factors(group, recipe.strength, known.get(id(group.input)))
+                group.smoothed = scale is not None
+            if scale is None and not group.down:
+                scale = counterweights(group)
             if scale is not None:
                 unit.smoothed.append(smooth(model, group, scale))
 

@@ -23,6 +23,7 @@ _SPREAD = 3.0  # how far, in standard deviations, a normalized feature is taken 
 _RANGE = 1e3  # factors lie between 1 / this and this
 _WORTH = 1.5  # largest factor / smallest factor from which on it is done
 _DEEP = 8
+_UNEVEN = 16  # largest row of a weight / its smallest, that no trained weight has that stands behind its norm's scale
 
 
 def factors(group: LinearGroup, strength: float, statistics: InputStatistics | None) -> Array | None:
@@ -64,6 +65,23 @@ def factors(group: LinearGroup, strength: float, statistics: InputStatistics | N
     return None if found.max() < _WORTH * found.min() else found
 
 
+def counterweights(group: LinearGroup) -> Array | None:
+    """What each feature is to be divided by so that all rows of the weights are alike, ``s_j = 1 / max_k |W_jk|``.
+
+    For weights that hold the scale of their norm (``fold-norm``). Where some features of a residual stream are a hundred times the
+    others, γ is small for them; with γ gone into the weight, the stream is all outliers and the weight has rows of nearly zero,
+    which both round badly. None where the rows are even, or a weight has another reader.
+    """
+    if any(is_shared(linear) for linear in group.linears):
+        return None
+    rows = np.max([np.abs(linear.weight().astype(np.float64)).max(axis=1) for linear in group.linears], axis=0)
+    if not np.isfinite(rows).all() or not rows.any():
+        return None
+    rows = np.maximum(rows, np.exp(np.log(rows[rows > 0]).mean()) / _RANGE)
+    found = np.exp(np.log(rows).mean()) / rows
+    return found if found.max() >= _UNEVEN * found.min() else None
+
+
 def smooth(model: Model, group: LinearGroup, scale: Array) -> str:
     """Divide what ``group`` reads by ``scale`` and multiply the weights by it: exact algebra.
 
@@ -89,7 +107,6 @@ def smooth(model: Model, group: LinearGroup, scale: Array) -> str:
     for linear in group.linears:
         _scale_rows(model, group.graph, linear, scale)
     group.linears = [_read_again(linear) for linear in group.linears]
-    group.smoothed = True
     return place
 
 

@@ -168,6 +168,30 @@ def test_the_scale_of_a_pre_norm_says_nothing_of_its_outliers(tmp_path):
     assert not [node for node in model.graph.nodes if "smooth" in node.name]
 
 
+@pytest.mark.parametrize("options", ["", "form=nbits", "bits=4", "form=weight-only", "row_scale=false"])
+def test_a_stream_with_massive_features_survives_fold_norm(tmp_path, options):
+    """γ is small where the stream is large. Folded, the weight has rows of nearly zero and the norm gives outliers."""
+    s = Sketch()
+    stream = np.ones(D, np.float32)
+    stream[[3, 40]] = 300
+    x = s.op("Mul", s.input("x", ["batch", "tokens", D]), s.weight(stream))
+    y = s.op("LayerNormalization", x, s.weight((1 / stream).astype(np.float32)), axis=-1)
+    s.op("Add", x, s.ffn(y, D, FF, activation="silu", gated=True), out=s.output("y", ["batch", "tokens", D]))
+
+    def branch(plan: list[str]) -> float:
+        onnx.save_model(s.model(), tmp_path / "model.onnx")
+        model = Model.load(tmp_path / "model.onnx")
+        assert all(result.fired == 1 for result in run_plan(model, Plan.parse(plan), threads=1))
+        before, after = run(s.model(), X)["y"] - X["x"] * stream, run(model, X)["y"] - X["x"] * stream
+        return drift({"y": before}, {"y": after})
+
+    quantized = f"quantize-ffn:{options}" if options else "quantize-ffn"
+    plain, folded = branch([quantized]), branch(["fold-norm", quantized])
+    without = branch(["fold-norm", quantized + (",smooth=none" if options else ":smooth=none")])
+    assert folded < 1.5 * plain
+    assert without > (1.2 if "bits=4" in options else 2) * folded
+
+
 def test_channels_measured_on_feeds_go_into_the_norm(tmp_path):
     s = transformer(1, D, FF, activation="gelu")
     gamma = next(name for node in s.nodes if node.op_type == "LayerNormalization" for name in node.input[1:2])

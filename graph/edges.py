@@ -20,6 +20,7 @@ from .region import Region
 from .shapes import last_dimension
 
 _RANK_CHANGES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_SILENT_AT_MOST = 24
 _SILENT = frozenset({"Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Reshape"})
 _SILENT_FOR_EXPERTS = _SILENT | {"Squeeze", "Unsqueeze"}
 
@@ -72,7 +73,7 @@ def _behind(down: Linear) -> tuple[gs.Tensor, list[gs.Node], list[Callable[[], A
     passed: list[gs.Node] = []
     if down.bias is not None:
         return down.output, [], []
-    for _ in range(6):
+    for _ in range(_SILENT_AT_MOST):
         readers = consumers(tensor)
         if len(readers) != 1:
             break
@@ -83,7 +84,9 @@ def _behind(down: Linear) -> tuple[gs.Tensor, list[gs.Node], list[Callable[[], A
             if folded is None or folded.shape[-1:] != (down.d_out,) or folded.size != down.d_out:
                 break
             return node.outputs[0], [*passed, node], [folded.load]
-        if node.op not in (_SILENT if down.experts == 1 else _SILENT_FOR_EXPERTS) or node.inputs[0] is not tensor:
+        silent = node.op in (_SILENT if down.experts == 1 else _SILENT_FOR_EXPERTS) or (
+            node.op == "Cast" and node.attrs.get("to") == down.onnx_type)
+        if not silent or node.inputs[0] is not tensor:
             break
         passed.append(node)
         tensor = node.outputs[0]

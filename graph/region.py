@@ -28,6 +28,7 @@ from .shapes import ALIASES, turn_axis
 
 _LARGEST = 160  # nodes; the longest decomposed activation with an inner norm has about 30
 NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "LpNormalization"})
+_PASS_ON = frozenset({"Identity", "Cast", "Dropout"})
 _REDUCTIONS = frozenset({"ReduceMean", "ReduceSumSquare", "ReduceL2"})
 
 
@@ -189,6 +190,9 @@ class Walker:
         if linear is not None and linear.axis == axis and linear.d_out == width:
             region.leaves.append(Leaf(tensor, linear))
             return True
+        maker = producer(tensor)
+        if maker is not None and maker.op in _PASS_ON:
+            return False  # so that a value and a copy of it are one leaf
         cut = select(tensor, axis, width, self._linears)
         if cut is None:
             return False

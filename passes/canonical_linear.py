@@ -11,7 +11,7 @@ from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import is_output, producer, remove_dead, take_over
 from ..graph.linear import Linear
-from .canonical_weights import CanonicalWeights, Order, is_in_place, is_turned, picking_nodes
+from .canonical_weights import CanonicalWeights, Order, is_in_place, is_packed_einsum, is_turned, picking_nodes
 
 _GEMM = ("Gemm", "FusedGemm")
 _CONV = ("Conv", "FusedConv")
@@ -21,7 +21,7 @@ _PLAIN = ("MatMul", "FusedMatMul", "Einsum")
 def is_canonical(linear: Linear) -> bool:
     """Whether ``linear`` is in its canonical form already."""
     node = linear.node
-    if linear.kind not in ("MatMul", *_GEMM, *_CONV) or not is_in_place(linear):
+    if not is_in_place(linear) or (linear.kind not in ("MatMul", *_GEMM, *_CONV) and not is_packed_einsum(linear)):
         return False
     return linear.kind not in _GEMM or (float(node.attrs.get("beta", 1.0)) == 1.0 and linear.nodes[-1] is node)
 
@@ -70,7 +70,10 @@ def product(build: Builder, linear: Linear, x: gs.Tensor, weight: gs.Tensor, ord
     picking = picking_nodes(linear)
     if picking:
         weight = copy_nodes(build, picking, {id(picking[0].inputs[0]): weight})[id(picking[-1].outputs[0])]
-    y = build.op("MatMul", *((weight, x) if is_turned(linear) else (x, weight)), hint=hint)
+    if is_packed_einsum(linear):
+        y: gs.Tensor = build.op("Einsum", x, weight, hint=hint, **linear.node.attrs)
+    else:
+        y = build.op("MatMul", *((weight, x) if is_turned(linear) else (x, weight)), hint=hint)
     bias = bias_tensor(build, linear, order)
     return y if bias is None else build.op("Add", y, bias, hint=f"{hint}_add")
 

@@ -68,7 +68,7 @@ def is_in_place(linear: Linear) -> bool:
     node = linear.node
     if any(node.attrs.get(key, 0) for key in ("transA", "transB")) or float(node.attrs.get("alpha", 1.0)) != 1.0:
         return False
-    if linear.kind == "Einsum":
+    if linear.kind == "Einsum" and not is_packed_einsum(linear):
         return False
     tensor = weight_tensor(linear)
     return isinstance(tensor, gs.Constant) or getattr(tensor, "default", None) is not None
@@ -93,6 +93,11 @@ def picking_nodes(linear: Linear) -> list[gs.Node]:
 def is_turned(linear: Linear) -> bool:
     """Whether the node computes ``W x``, the weight first."""
     return linear.kind == "MatMul" and linear.axis == -2
+
+
+def is_packed_einsum(linear: Linear) -> bool:
+    """Whether one Einsum multiplies by the matrices of all experts, and lays out the results as it likes."""
+    return linear.kind == "Einsum" and linear.packed
 
 
 def _index(linear: Linear) -> int:
@@ -124,18 +129,19 @@ def _folded(linear: Linear) -> Folded:
 def _is_owned(group: list[Linear]) -> bool:
     """Whether the linears of ``group`` alone read the weight they share, all in the same way, and it may be replaced."""
     first = group[0]
-    if first.gathered and first.kind != "MatMul":
+    if (first.gathered and first.kind != "MatMul") or is_packed_einsum(first):
         return False
-    if first.source is None or first.overridable or first.quantized or not is_free(first.source):
+    if first.source is None or first.overridable or first.quantized:
         return False
     if any(linear.weight_key != first.weight_key or linear.weight_key is None for linear in group):
         return False
     allowed: set[int] = set()
-    values: list[gs.Tensor] = [first.source]
+    values: list[gs.Tensor] = []
     for linear in group:
         folded = fold(weight_tensor(linear))
-        if folded is None:
+        if folded is None or not all(is_free(source) for source in folded.sources):
             return False
+        values += folded.sources
         picked = picking_nodes(linear)
         allowed |= {id(node) for node in (*folded.nodes, *picked, linear.node)}
         values += [node.outputs[0] for node in (*folded.nodes, *picked)]

@@ -371,6 +371,19 @@ def test_a_block_left_out_keeps_the_weight_it_shares(tmp_path):
     assert len(result.refused) == 1
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weight_joined_from_two_is_stored_whole_unless_one_of_them_has_another_reader(shared, tmp_path):
+    def branch(s: Sketch, x: str) -> str:
+        parts = [s.weight(s.numbers(D, WIDE // 2)) for _ in range(2)]
+        if shared:
+            s.op("ReduceSum", parts[1], out=s.output("sum_of_weights"))
+        return s.linear(s.op("Relu", s.op("MatMul", x, s.op("Concat", *parts, axis=1))), WIDE, D)
+
+    model, result = canonicalize(residual(branch), tmp_path)
+    assert result.fired == (not shared)
+    assert ops(model).count("Concat") == shared
+
+
 def test_a_weight_stored_in_fewer_bits_is_not_unpacked(tmp_path):
     def branch(s: Sketch, x: str) -> str:
         half = s.weight(s.numbers(D, WIDE).astype(np.float16))
@@ -478,6 +491,18 @@ def test_experts_picked_at_run_time(tmp_path):
     assert result.fired == 1
     assert sorted(dims for dims in initializers(model).values() if dims) == [[4, D, WIDE]] * 2
     assert not {"weight_0"} & set(initializers(model))
+
+
+def test_all_experts_in_one_einsum(tmp_path):
+    s = Sketch()
+    x = s.input("x", [2, 5, D])
+    up = s.op("Einsum", x, s.weight(s.numbers(4, D, WIDE, scale=0.3)), equation="btd,edf->betf")
+    down = s.weight(s.numbers(4, WIDE, D, scale=0.3))
+    y = s.op("ReduceSum", s.op("MatMul", _scaled_erf(s, up), down), s.weight(np.asarray([1])), keepdims=0)
+    s.op("Add", x, y, out=s.output("y", [2, 5, D]))
+    model, result = canonicalize(s, tmp_path, again=True)
+    assert result.fired == 1
+    assert ops(model).count("Einsum") == 1
 
 
 def test_float16(tmp_path):

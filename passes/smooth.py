@@ -68,9 +68,9 @@ def factors(group: LinearGroup, strength: float, statistics: InputStatistics | N
 def counterweights(group: LinearGroup) -> Array | None:
     """What each feature is to be divided by so that all rows of the weights are alike, ``s_j = 1 / max_k |W_jk|``.
 
-    For weights that hold the scale of their norm (``fold-norm``). Where some features of a residual stream are a hundred times the
-    others, γ is small for them; with γ gone into the weight, the stream is all outliers and the weight has rows of nearly zero,
-    which both round badly. None where the rows are even, or a weight has another reader.
+    For weights that hold the scale of their norm (``fold-norm``). Where some features of a residual stream are a hundred
+    times the others, γ is small for them; with γ gone into the weight, the stream is all outliers and the weight has rows
+    of nearly zero, which both round badly. None where the rows are even, or a weight has another reader.
     """
     if any(is_shared(linear) for linear in group.linears):
         return None

@@ -66,7 +66,8 @@ def fastest_form(model: Model, candidates: Mapping[Form, BlockPass], blocks: Map
                                      for name, ratio in zip(names, found, strict=True)) for form, found in speeds.items()]
     fit = {form: math.prod(ratio["speedup"] for ratio in found) for form, found in speeds.items()
            if all(ratio["low"] >= NEVER_SLOWER for ratio in found)}
-    return Choice(max(fit, key=lambda form: fit[form]) if fit else None, notes)
+    fastest = max(fit.items(), key=lambda item: item[1])[0] if fit else None
+    return Choice(fastest, notes)
 
 
 def parse_shapes(text: str) -> list[tuple[int, ...]]:

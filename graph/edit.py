@@ -8,6 +8,8 @@ import onnx_graphsurgeon as gs
 
 from .sort import reads
 
+_SHORT = 64  # readers of one value
+
 
 def consumers(tensor: gs.Tensor) -> list[gs.Node]:
     """The nodes that read ``tensor``, each once. A node whose subgraph reads it counts by the inner node."""
@@ -116,36 +118,69 @@ def remove_dead(graph: gs.Graph, seeds: Iterable[gs.Node], removable: Callable[[
     outputs = {id(tensor) for tensor in graph.outputs}
     present = {id(node) for node in graph.nodes}
     pending = list(seeds)
-    dead: set[int] = set()
+    dead: dict[int, gs.Node] = {}
+    lost: dict[int, int] = {}  # readers that a value has lost: the lists are mended once, at the end
     while pending:
         node = pending.pop()
         if id(node) in dead or id(node) not in present or not removable(node):
             continue
-        if any(tensor.outputs or id(tensor) in outputs or getattr(tensor, "captured", False) for tensor in node.outputs):
+        if any(len(tensor.outputs) > lost.get(id(tensor), 0) or id(tensor) in outputs or getattr(tensor, "captured", False)
+               for tensor in node.outputs):
             continue
-        dead.add(id(node))
-        sources = [producer(tensor) for tensor in reads(node)]
-        detach(node)
-        pending += [source for source in sources if source is not None]
+        dead[id(node)] = node
+        for each in _with_inner(node):
+            for tensor in each.inputs:
+                lost[id(tensor)] = lost.get(id(tensor), 0) + 1
+        pending += [source for source in (producer(tensor) for tensor in reads(node)) if source is not None]
     if dead:
+        _unwire([each for node in dead.values() for each in _with_inner(node)])
         graph.nodes = [node for node in graph.nodes if id(node) not in dead]
     return len(dead)
 
 
-def detach(node: gs.Node) -> None:
-    """Take ``node`` out of the wiring: nothing lists it as producer or consumer any more."""
-    set_inputs(node, ())
-    for tensor in node.outputs:
-        _forget(tensor.inputs, node)
-    list.clear(node.outputs)
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            for inner in value.nodes:
-                detach(inner)
+def _with_inner(node: gs.Node) -> list[gs.Node]:
+    """``node`` and the nodes of the graphs inside it, at any depth."""
+    found = [node]
+    for each in found:  # grows while it is read
+        found += [inner for value in each.attrs.values() if isinstance(value, gs.Graph) for inner in value.nodes]
+    return found
+
+
+def _unwire(nodes: list[gs.Node]) -> None:
+    """Take ``nodes`` out of the wiring: no value lists them as producer or reader any more."""
+    gone = {id(node) for node in nodes}
+    values = {id(tensor): tensor for node in nodes for tensor in (*node.inputs, *node.outputs)}
+    for tensor in values.values():
+        for listed in (tensor.outputs, tensor.inputs):
+            kept = [node for node in listed if id(node) not in gone]
+            list.clear(listed)
+            list.extend(listed, kept)
+    for node in nodes:
+        list.clear(node.inputs)
+        list.clear(node.outputs)
 
 
 def _forget(nodes: list[gs.Node], node: gs.Node) -> None:
-    for index, other in enumerate(nodes):
-        if other is node:
-            list.__delitem__(nodes, index)
-            return
+    """Take ``node`` once from a list of readers or producers.
+
+    Short lists keep their order. From a long one (a constant that thousands read) it is taken at its remembered place, into which
+    the last one moves, so that taking all of them takes linear time.
+    """
+    if len(nodes) <= _SHORT:
+        for index, other in enumerate(nodes):
+            if other is node:
+                list.__delitem__(nodes, index)
+                return
+        return
+    places: dict[int, int] = getattr(nodes, "places", {})
+    place = places.get(id(node), len(nodes))
+    if place >= len(nodes) or nodes[place] is not node:
+        places = {id(each): index for index, each in enumerate(nodes)}
+        nodes.places = places  # type: ignore[attr-defined]
+    if id(node) not in places:
+        return
+    place = places.pop(id(node))
+    last = list.pop(nodes)
+    if place < len(nodes):
+        list.__setitem__(nodes, place, last)
+        places[id(last)] = place

@@ -2,7 +2,7 @@
 
     python benchmarks/per_block.py /work/models/gemma3-270m [--block 7] [--json FILE]
 
-The FFN blocks are rewritten by ``quantize-ffn``, but for one, whose down projection gets normal noise of a tenth of its own
+The FFN blocks are rewritten by ``quantize-ffn``, but for one, whose down projection gets normal noise of half its own
 size. Prints the blocks in the order ``verify`` ranks them, the peak of its resident memory (mapped pages count), and the
 memory over the size of the model. Exit code 1 where the damaged block is not the first or the memory is above the limit.
 """
@@ -49,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a sample model with its feeds (ffnfold models get)")
     parser.add_argument("--block", type=int, default=7)
-    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--noise", type=float, default=0.5, help="of the damage, relative to the weights")
     parser.add_argument("--feeds", type=int, default=4, help="how many of the reporting feeds (a block is run on each)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

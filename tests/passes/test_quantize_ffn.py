@@ -213,9 +213,9 @@ def test_channels_behind_a_gate_or_a_relu_go_into_the_up_projection(tmp_path, ac
     up = onnx.numpy_helper.to_array(s.initializers[name]).copy()
     up[:, 9] *= 100
     s.initializers[name].CopyFrom(onnx.numpy_helper.from_array(up, name))
-    before = lost(s, tmp_path, "smooth=none,row_scale=true")
-    after = lost(s, tmp_path, "smooth=feeds,row_scale=true", Feeds.of([X]))
-    assert (after < 0.8 * before) == folded
+    before = lost(s, tmp_path, "smooth=none,row_scale=false")
+    after = lost(s, tmp_path, "smooth=feeds,row_scale=false", Feeds.of([X]))
+    assert (after < 0.7 * before) == folded
 
 
 def test_smoothing_alone_changes_nothing(tmp_path):
@@ -533,7 +533,7 @@ def test_auto_leaves_the_model_alone_where_every_form_is_slower_somewhere(tmp_pa
 def test_auto_races_for_real(tmp_path):
     s = transformer(1, 256, 1024, activation="relu")
     _, result = quantize(s, tmp_path, "target=auto,shapes=1x64")
-    assert len(result.notes) == 2
+    assert sum(note.startswith(("dynamic: ", "nbits: ")) for note in result.notes) == 2
     assert result.fired or "0.98 times as fast" in result.refused[0].reason
 
 

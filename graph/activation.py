@@ -38,8 +38,6 @@ class Activation:
 
 def name_activation(region: Region) -> Activation | str:
     """The activation of ``region``, or a sentence saying why it is none."""
-    if len(region.leaves) > 2:
-        return f"{len(region.leaves)} linears meet in one place"
     try:
         if len(region.leaves) == 2:
             return _gated(region)

@@ -27,6 +27,7 @@ from .rejection import Refusal
 from .shapes import ALIASES, turn_axis
 
 _LARGEST = 160  # nodes; the longest decomposed activation with an inner norm has about 30
+_MOST_LINEARS = 2  # up and gate
 NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "LpNormalization"})
 _PASS_ON = frozenset({"Identity", "Cast", "Dropout"})
 _REDUCTIONS = frozenset({"ReduceMean", "ReduceSumSquare", "ReduceL2"})
@@ -152,8 +153,9 @@ class Walker:
             if id(tensor) in axes:
                 continue
             axes[id(tensor)] = axis
-            leaf = self._leaf(tensor, axis, down.d_in, region)
-            if leaf:
+            if self._leaf(tensor, axis, down.d_in, region):
+                if len(region.leaves) > _MOST_LINEARS:  # a residual stream: there would be no end of them
+                    return self._give_up(down, Refusal(tensor.name, "more linears than a block has meet", len(region.leaves)))
                 continue
             folded = fold(tensor) or (picked(tensor) if down.gathered else None)  # else it is an embedding
             if folded is not None:
@@ -164,7 +166,8 @@ class Walker:
                 refusal = Refusal(tensor.name, "more operations than an activation has")
             if refusal is not None:
                 self._dead_ends[id(tensor)] = refusal
-                return Refusal(refusal.value, refusal.reason, len(region.leaves))
+                leaves = max(refusal.linear_leaves, len(region.leaves))
+                return self._give_up(down, Refusal(refusal.value, refusal.reason, leaves))
             assert node is not None
             if id(node) in seen:
                 continue
@@ -184,6 +187,11 @@ class Walker:
         region.inner_norm = any(node.op in NORMS or node.op in _REDUCTIONS for node in region.steps)
         self._find_biases(region, constants)
         return region
+
+    def _give_up(self, down: Linear, refusal: Refusal) -> Refusal:
+        """``refusal``, for every linear that reads what ``down`` reads."""
+        self._dead_ends[id(down.input)] = refusal
+        return refusal
 
     def _leaf(self, tensor: gs.Tensor, axis: int, width: int, region: Region) -> bool:
         linear = self._linears.get(id(tensor))

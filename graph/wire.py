@@ -101,6 +101,8 @@ class _Cursor:
             self._start = position
             self._window = self._source.read(position, min(position + self._WINDOW, self._source.size))
             offset = 0
+        if position < end and self._window[offset] < 0x80:  # most have one byte
+            return self._window[offset], position + 1
         value = shift = 0
         for byte in self._window[offset:offset + min(10, end - position)]:
             value |= (byte & 0x7F) << shift

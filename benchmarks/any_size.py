@@ -33,10 +33,11 @@ import numpy as np
 from ffnfold.graph.save import write_model
 from ffnfold.graph.store import read_model
 from ffnfold.graph.weights import ComputedValues, StoredValues, Values, tensor_proto
+from ffnfold.passes.plan import EXACT_PLAN
 from onnx import ModelProto, TensorProto, helper
 
 D_MODEL, D_FF, HEADS, D_PROJECTED = 4096, 11008, 32, 1024
-PLAN = ["-p", "fold-bias", "-p", "fuse-matmul"]
+PLAN = [text for name in EXACT_PLAN for text in ("-p", name)]
 PEERS = {"onnxslim": "import onnxslim,sys;onnxslim.slim(sys.argv[1],sys.argv[2],save_as_external_data=True)",
          "onnxsim": "import onnx,onnxsim,sys;m,ok=onnxsim.simplify(onnx.load(sys.argv[1]));"
                     "onnx.save(m,sys.argv[2],save_as_external_data=True)"}
@@ -187,8 +188,10 @@ def decoder(path: Path, layers: int, vocabulary: int, external: bool) -> None:
     nodes = []
 
     def weight(name: str, *shape: int) -> str:
+        number = len(values)
+
         def rows(start: int, stop: int) -> Any:
-            return np.resize(np.roll(tile, len(values) + start), (stop - start, *shape[1:]))
+            return np.resize(np.roll(tile, 997 * number + start), (stop - start, *shape[1:]))
 
         made = ComputedValues(shape, TensorProto.FLOAT16, lambda: rows(0, shape[0]), rows)
         tensor, key = tensor_proto(name, made)

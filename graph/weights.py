@@ -69,6 +69,11 @@ class Values(LazyValues):  # type: ignore[misc]
             self._key = str(next(_numbers))
         return self._key
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether ``rows`` loads, or computes, no more than the rows it is asked for."""
+        return False
+
     def load(self) -> Array:
         """A fresh array of ``shape``, one element a number also for 4-bit types."""
         raise NotImplementedError
@@ -107,16 +112,27 @@ class StoredValues(Values):
 
     def load(self) -> Array:
         """A fresh array, read from the file."""
-        data = self.source.read(self.offset, self.offset + self.nbytes)
-        return _from_bytes(data, self.shape, self.onnx_type)
+        return self._read(self.offset, self.shape)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether an element has whole bytes."""
+        return bits_of(self.onnx_type) >= 8 and bool(self.shape)
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows ``start`` to ``stop``, read from the file."""
         if bits_of(self.onnx_type) < 8:
             return super().rows(start, stop)
         row = nbytes_of(self.shape[1:], self.onnx_type)
-        data = self.source.read(self.offset + start * row, self.offset + stop * row)
-        return _from_bytes(data, (stop - start, *self.shape[1:]), self.onnx_type)
+        return self._read(self.offset + start * row, (stop - start, *self.shape[1:]))
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> Array:
+        buffer = np.empty(nbytes_of(shape, self.onnx_type), np.uint8)
+        self.source.read_into(buffer.data, offset)
+        if bits_of(self.onnx_type) >= 8:
+            return buffer.view(self.dtype.newbyteorder("<")).reshape(shape)
+        tensor = onnx.TensorProto(dims=shape, data_type=self.onnx_type, raw_data=buffer.tobytes())
+        return np.array(numpy_helper.to_array(tensor))
 
     def memmap(self) -> Array:
         """A read-only array over the file where elements are whole bytes and aligned, else a fresh one."""
@@ -179,6 +195,11 @@ class ComputedValues(Values):
         if array.shape != self.shape:
             raise ValueError(f"computed {array.shape}, declared {self.shape}")
         return np.ascontiguousarray(array.astype(self.dtype, copy=False))
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether there is a way to compute some rows only."""
+        return self._rows is not None
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows ``start`` to ``stop``, computed."""
@@ -298,13 +319,6 @@ def _listed(tensor: onnx.TensorProto, bits: int) -> tuple[int, int]:
         size = (size * bits + 7) // 8
     lists = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
     return max(len(numbers) for numbers in lists), size
-
-
-def _from_bytes(data: bytes, shape: tuple[int, ...], onnx_type: int) -> Array:
-    if bits_of(onnx_type) >= 8:
-        return np.frombuffer(bytearray(data), numpy_type(onnx_type).newbyteorder("<")).reshape(shape)
-    tensor = onnx.TensorProto(dims=shape, data_type=onnx_type, raw_data=data)
-    return np.array(numpy_helper.to_array(tensor))
 
 
 def _stored_bytes(array: Array) -> memoryview:

@@ -25,6 +25,7 @@ from ..graph.model import Model
 from ..graph.types import FLOATS
 from .base import Refused
 from .linear_bias import add_to_bias, bias_growth, freed_bytes, takes_bias
+from .products import Weight
 from .sharing import shows_inside
 
 Array = npt.NDArray[Any]
@@ -104,7 +105,7 @@ def into_following_linear(model: Model, graph: gs.Graph, node: gs.Node) -> bool 
         return False
     vector = np.broadcast_to(a.load().reshape(-1).astype(np.float64), (linears[0].d_in,))
     for linear in linears:
-        add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
+        add_to_bias(model, graph, linear, Weight.of(linear).after(vector))
     replace_uses(node.outputs[0], x)
     remove_dead(graph, [node])
     return True
@@ -169,7 +170,7 @@ def norm_shift(model: Model, graph: gs.Graph, node: gs.Node) -> bool | Refused:
         return Refused("a bias is shared, so that the file would grow", output.name)
     vector = shift.load().astype(np.float64)
     for linear in linears:
-        add_to_bias(model, graph, linear, vector @ linear.weight().astype(np.float64))
+        add_to_bias(model, graph, linear, Weight.of(linear).after(vector))
     set_inputs(node, node.inputs[:2])
     return True
 

@@ -22,6 +22,7 @@ from ..graph.weights import InlineValues
 from .base import Context, Pass, PassResult, Refused
 from .linear_bias import add_to_bias, is_fixed
 from .norm_fusion import is_fused
+from .products import Weight
 from .scaled import scaled_weight
 from .sharing import is_free, is_shared, shows_inside
 
@@ -95,7 +96,7 @@ def _fold(model: Model, path: str, graph: gs.Graph, norm: Norm, context: Context
     shift = None if norm.shift is None else norm.shift.load().reshape(-1).astype(np.float64)
     for linear in linears:
         if shift is not None and shift.any():
-            add_to_bias(model, graph, linear, shift @ linear.weight().astype(np.float64))
+            add_to_bias(model, graph, linear, Weight.of(linear).after(shift))
         if (scale != 1).any():
             _scale_input(model, graph, linear, scale)
     if norm.bare is not None and path == "main" and not is_fused(model, norm, context):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +19,11 @@ from ..graph.types import FLOATS, numpy_type
 from ..graph.weights import ComputedValues
 from .base import Context, Pass, PassResult, Refused
 from .cost import released_bytes
+from .products import Weight
 from .sharing import shows_inside
 
 Array = npt.NDArray[Any]
+_TILE = 1 << 20  # elements of W₁ taken at a time
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _fuse(model: Model, path: str, graph: gs.Graph, pair: _Pair) -> Linear | Non
     if bias is not None and not np.isfinite(bias).all():
         return None
 
-    weight = ComputedValues((first.d_in, second.d_out), first.onnx_type, _product(first.weight, scale, second.weight))
+    weight = _product(first, scale, second)
     y = build.linear(first.input, weight, bias, hint="fused")
     old = producer(second.output)
     take_over(second.output, y)
@@ -162,11 +163,19 @@ def _fuse(model: Model, path: str, graph: gs.Graph, pair: _Pair) -> Linear | Non
     return read_linear(node) if node is not None else None
 
 
-def _product(left: Callable[[], Array], scale: Array | None, right: Callable[[], Array]) -> Callable[[], Array]:
-    def compute() -> Array:
-        a = left().astype(np.float64)
-        return (a if scale is None else a * scale) @ right().astype(np.float64)
-    return compute
+def _product(first: Linear, scale: Array | None, second: Linear) -> ComputedValues:
+    """``W₁ diag(s) W₂``, some rows at a time where W₁ allows it."""
+    left, right = Weight.of(first), Weight.of(second)
+    step = max(1, _TILE // first.d_out)
+
+    def part(matrix: Array) -> Array:
+        return right.after(matrix if scale is None else matrix * scale)
+
+    def rows(start: int, stop: int) -> Array:
+        return np.concatenate([part(left.rows(low, min(low + step, stop))) for low in range(start, stop, step)])
+
+    return ComputedValues((first.d_in, second.d_out), first.onnx_type, lambda: part(left.load().astype(np.float64)),
+                          rows if left.by_rows else None)
 
 
 def _fused_bias(first: Linear, second: Linear, scale: Array | None, shift: Array | None) -> Array | None:
@@ -176,7 +185,7 @@ def _fused_bias(first: Linear, second: Linear, scale: Array | None, shift: Array
         inner = first.bias().astype(np.float64) * (1 if scale is None else scale)
     if shift is not None and shift.any():
         inner = shift if inner is None else inner + shift
-    total = None if inner is None else inner @ second.weight().astype(np.float64)
+    total = None if inner is None else Weight.of(second).after(inner)
     if second.bias is not None:
         total = second.bias().astype(np.float64) + (0 if total is None else total)
     return total

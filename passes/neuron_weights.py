@@ -16,7 +16,7 @@ from ..graph.weights import ComputedValues, Values
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
-_TILE = 1 << 22  # elements
+_TILE = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class NeuronWeight:
         rows, columns = self.folded.shape
         place = {int(neuron): number for number, neuron in enumerate(neurons)}
         kind = self.folded.onnx_type
+        stored = self._stored()
         if self.axis == 1:
             def part(tile: Array) -> Array:
                 taken = tile[:, neurons]
@@ -91,9 +92,12 @@ class NeuronWeight:
                     taken[:, place[neuron]] = tile[:, [neuron, *others]].astype(np.float64).sum(axis=1)
                 return taken
 
-            stored = self._stored()
+            def some_rows(start: int, stop: int) -> Array:
+                assert stored is not None
+                return part(stored.rows(start, stop))
+
             return ComputedValues((rows, len(neurons)), kind, lambda: part(self.folded.load()),
-                                  None if stored is None else lambda start, stop: part(stored.rows(start, stop)))
+                                  None if stored is None else some_rows)
 
         def compute() -> Array:
             whole = self.folded.load()
@@ -102,14 +106,24 @@ class NeuronWeight:
                 taken[place[neuron]] = whole[[neuron, *others]].astype(np.float64).sum(axis=0)
             return taken
 
-        return ComputedValues((len(neurons), columns), kind, compute)
+        def some(start: int, stop: int) -> Array:
+            assert stored is not None
+            chosen = neurons[start:stop]
+            first = int(chosen[0])
+            taken = stored.rows(first, int(chosen[-1]) + 1)[chosen - first]
+            for neuron in set(added or {}) & set(chosen.tolist()):
+                rows = [stored.rows(each, each + 1)[0].astype(np.float64) for each in (neuron, *(added or {})[neuron])]
+                taken[place[neuron] - start] = np.sum(rows, axis=0)
+            return taken
+
+        return ComputedValues((len(neurons), columns), kind, compute, None if stored is None else some)
 
     def _stored(self) -> Values | None:
         """The weight in the file, where nothing lies between it and the node."""
         if self.folded.nodes or not self.folded.sources:
             return None
         values: Values = self.folded.sources[0]._values
-        return values
+        return values if values.by_rows else None
 
     def _parts(self, neurons: Indices) -> Iterator[Indices]:
         step = max(1, _TILE // max(self.folded.shape[1 - self.axis], 1))

@@ -21,7 +21,7 @@ def scaled_weight(weight: Folded, scale: Array, axis: int) -> ComputedValues:
         return product
 
     stored: Values | None = weight.sources[0]._values if not weight.nodes and weight.sources else None
-    if stored is None:
+    if stored is None or not stored.by_rows:
         return ComputedValues(weight.shape, weight.onnx_type, compute)
 
     def rows(start: int, stop: int) -> Array:

@@ -109,6 +109,15 @@ class Model:
         """A second model like this one, its local functions inlined."""
         return Model(self._inlined_proto(), self._stored, self.path, self.external)
 
+    def replace(self, proto: onnx.ModelProto, values: Mapping[str, Values]) -> None:
+        """Go on with ``proto`` in the place of the model as it stands. Nodes and values seen before are no longer of it.
+
+        Args:
+            values: what the stubs in it stand for that the model does not have yet.
+        """
+        self._stored = {**self._stored, **values}
+        self._adopt(proto)
+
     def copy(self) -> Model:
         """A second model in the state this one is in, to try something on. The weights are not copied."""
         proto, values = self.to_proto()

@@ -16,7 +16,8 @@ class Ledger:
     """Follows the blocks of a model from pass to pass.
 
     After each pass the blocks are looked for afresh. One is the block it was if its output is the same value, or else if
-    its weights come from the same initializers.
+    its weights come from the same initializers, or (where a pass put another graph in the place of the whole) its output has the
+    same name.
 
     Args:
         model: the plan's input, before any pass.
@@ -56,6 +57,7 @@ class Ledger:
         """Look for the blocks again after the pass called ``changed_by`` changed the model."""
         outputs = {id(current(block.output)): index for index, block in self._blocks.items()}
         weights = {_sources(block): index for index, block in self._blocks.items()}
+        names = {(block.path, current(block.output).name): index for index, block in self._blocks.items()}
         found: dict[int, FFNBlock] = {}
         unknown: list[FFNBlock] = []
         for block in find_ffn_blocks(self._model):
@@ -65,7 +67,7 @@ class Ledger:
             else:
                 found[index] = block
         for block in unknown:
-            index = weights.get(_sources(block))
+            index = weights.get(_sources(block), names.get((block.path, block.output.name)))
             if index is not None and index not in found:
                 found[index] = block
         for index in set(self._blocks) - set(found):

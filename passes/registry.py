@@ -19,10 +19,11 @@ from .merge_linears import MergeLinears
 from .quantize_ffn import QuantizeFFN
 from .remove_ffn import RemoveFFN
 from .slim_ffn import SlimFFN
+from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, MergeLinears, QuantizeFFN,
-    RemoveFFN, SlimFFN)}
+    RemoveFFN, SlimFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

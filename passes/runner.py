@@ -34,7 +34,7 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
     """
     if plan.needs_feeds and fit is None:
         raise InputError(f"the pass '{plan.needs_feeds[0]}' needs real inputs with these options: give them with --data")
-    gate = Gate(model)
+    gate = Gate(model, provider)
     context = Context(fit, choose or fit, provider, threads, progress=progress)
     asked = [blocks for blocks in (getattr(each, "blocks", None) for each in plan) if blocks is not None]
     if asked:

@@ -25,6 +25,11 @@ def load_complaint(model: Model) -> str | None:
     return None
 
 
+def is_missing_kernel(complaint: str) -> bool:
+    """Whether ``complaint`` is about nothing but an operator that this provider has no kernel for in its types."""
+    return "Could not find an implementation" in complaint
+
+
 def _loads(data: bytes) -> bool:
     import onnxruntime
 

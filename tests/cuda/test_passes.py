@@ -17,8 +17,10 @@ EXAMPLES = {"canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["cle
             "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
             "fuse-matmul": ["fuse-matmul"], "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=neuron,blocks=2"],
             "merge-linears": ["merge-linears:force=true"], "quantize-ffn": ["quantize-ffn:form=weight-only"],
-            "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output"], "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"]}
-NOT_IN_HALF = {"fold-norm"}  # it leaves weights of 16 bits alone, which would be rounded anew
+            "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output"], "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"],
+            "to-half": ["to-half", "to-half:dtype=bfloat16"]}
+NOT_IN_HALF = {"fold-norm",  # it leaves weights of 16 bits alone, which would be rounded anew
+               "to-half", "to-half:dtype=bfloat16"}
 TOLERANCE = {"float32": 2e-4, "float16": 1e-2}
 
 
@@ -38,14 +40,16 @@ def test_a_pass_on_cuda(tmp_path, provider, dtype, text):
     model.save(tmp_path / "rewritten.onnx")
     before, after = (open_session(tmp_path / name, provider=provider, trace=True) for name in ("model.onnx", "rewritten.onnx"))
     rounding = {"session.qdq_matmulnbits_accuracy_level": "1"} if provider == "cuda" else {}  # there inputs stay in float
-    on_cpu = open_session(tmp_path / "rewritten.onnx", config=rounding)
+    on_cpu = None if "bfloat16" in text else open_session(tmp_path / "rewritten.onnx", config=rounding)  # it has no kernels
+    tolerance = TOLERANCE["float16" if text == "to-half" else dtype.name]
     for feed in feeds[36:]:
         given = after.run(feed)
         assert np.isfinite(given["y"]).all()
         moved = drift(before.run(feed), given)
-        assert moved < (TOLERANCE[dtype.name] if result.exact else 0.9)
-        assert result.exact or moved > 0
-        assert drift(on_cpu.run(feed), given) < TOLERANCE[dtype.name] * (1 if result.exact else 5)
+        assert moved < (tolerance if result.exact else 0.9)
+        assert result.exact or moved > 0 or not result.fired
+        if on_cpu is not None:
+            assert drift(on_cpu.run(feed), given) < tolerance * (1 if result.exact else 5)
     after.check_placement()
     placement = after.placement()
     assert placement is not None

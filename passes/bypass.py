@@ -58,13 +58,40 @@ def bypass(model: Model, block: FFNBlock, constant: Array | None) -> None:
     Args:
         constant: what to add in its place, ``[d]``, the mean of :func:`measured_value`; None for nothing.
     """
-    build = Builder(model, block.graph, block.name, block.onnx_type)
-    if is_pure_branch(block) and _splice(build, block, constant):
+    if is_pure_branch(block) and _splice(Builder(model, block.graph, block.name, stream_type(block)), block, constant):
         return
+    build = Builder(model, block.graph, block.name, block.onnx_type)
     in_place = build.zeros(block.input, block.d_out, block.axis)
     if constant is not None:
         in_place = build.op("Add", in_place, build.vector(constant, block.axis, "mean"), hint="mean_output")
     block.replace(in_place)
+
+
+def stream_type(block: FFNBlock) -> int:
+    """Element type of what the residual Add of ``block`` adds: the block's own, unless a Cast lies between."""
+    tensor = block.join.branch
+    for _ in range(_DEEPEST):
+        node = producer(tensor)
+        if node is None or tensor is block.output:
+            break
+        if node.op == "Cast":
+            return int(node.attrs["to"])
+        tensor = next((value for value in node.inputs if fold(value) is None), tensor)
+    return block.onnx_type
+
+
+def rescale(model: Model, block: FFNBlock, factor: float) -> None:
+    """Take ``block``, a pure branch, out, and multiply the residual by ``factor`` in its place."""
+    build = Builder(model, block.graph, block.name, stream_type(block))
+    node, residual = block.join.node, block.join.residual
+    if node.op == "Add":
+        take_over(node.outputs[0], build.op("Mul", residual, build.number(factor, "scale"), hint="scaled"))
+        remove_dead(block.graph, [node])
+        return
+    old = producer(block.join.branch)
+    added = build.op("Mul", residual, build.number(factor - 1, "scale"), hint="scaled")
+    set_inputs(node, [added if value is block.join.branch else value for value in node.inputs])
+    remove_dead(block.graph, [old] if old is not None else [])
 
 
 def _splice(build: Builder, block: FFNBlock, constant: Array | None) -> bool:

@@ -13,11 +13,11 @@ from ..graph.edit import producer, remove_dead, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..runtime import DiagonalMoments
+from .affine_map import fit_map, input_evidence, put_map, why_no_map
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .bypass import is_pure_branch
 from .evidence import Streams
 from .measure import rows, unmeasurable
-from .neuron_fit import Features, NeuronFit, choose_ridge, refit
+from .neuron_fit import NeuronFit
 from .token_weights import token_weights, weight_values
 
 
@@ -57,8 +57,9 @@ class LinearizeFFN(BlockPass):
 
     def check(self, block: FFNBlock) -> Refused | None:
         """What cannot be fitted."""
-        if block.experts != 1 or any(linear.gathered for linear in block.linears()):
-            return Refused("its experts are packed in one weight", block.output.name)
+        refusal = why_no_map(block)
+        if refusal is not None:
+            return refusal
         if self.fit == "neuron":
             if block.gated:
                 return Refused("gated: linear times linear is not linear (fit=affine works)", block.output.name)
@@ -82,16 +83,8 @@ class LinearizeFFN(BlockPass):
             return refusal
         if self.fit == "neuron":
             return self._lines(model, block, context)
-        assert context.streams is not None
-        evidence = context.streams.evidence(block, inputs=True, neurons=False, weight=self.weight, target=self.target)
-        if evidence.rows < block.d_model:
-            return Refused(f"{evidence.rows} tokens are too few for {block.d_model} inputs: give more feeds", block.input.name)
-        nothing, none = np.zeros((block.d_model, block.d_out)), np.zeros(0, np.int64)
-        everything = Features.of(evidence.everything(), nothing, block.d_model)
-        halves = bool(evidence.fit.rows and evidence.held_out.rows)
-        fit = Features.of(evidence.fit, nothing, block.d_model) if halves else everything
-        held_out = Features.of(evidence.held_out, nothing, block.d_model) if halves else None
-        return refit(everything, none, *choose_ridge(fit, held_out, none))
+        evidence = input_evidence(block, context, weight=self.weight, target=self.target)
+        return evidence if isinstance(evidence, Refused) else fit_map(block, evidence)
 
     def _lines(self, model: Model, block: FFNBlock, context: Context) -> object:
         """Slope and intercept of each neuron, ``[d_ff]`` each, for z as the projection gives it."""
@@ -115,7 +108,8 @@ class LinearizeFFN(BlockPass):
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put the affine map, or the lines, in place."""
         if isinstance(statistics, NeuronFit):
-            return _put_map(model, block, statistics, context)
+            assert statistics.affine is not None
+            return put_map(model, block, statistics.affine, statistics.offset, context)
         build = Builder(model, block.graph, block.name, block.onnx_type)
         assert isinstance(statistics, tuple)
         slope, intercept = statistics
@@ -126,17 +120,3 @@ class LinearizeFFN(BlockPass):
         take_over(block.hidden, line)
         remove_dead(block.graph, [old] if old is not None else [])
         return Rewritten(gone="made affine")
-
-
-def _put_map(model: Model, block: FFNBlock, fit: NeuronFit, context: Context) -> Rewritten:
-    assert fit.affine is not None
-    build = Builder(model, block.graph, block.name, block.onnx_type)
-    join, matrix, target = block.join, fit.affine, block.output
-    if join.direct and join.node.op == "Add" and join.residual is block.input and is_pure_branch(block):
-        matrix, target = matrix + np.eye(len(matrix)), join.node.outputs[0]
-    old = producer(target)
-    take_over(target, build.linear(block.input, matrix, fit.offset, axis=block.axis, hint="affine"))
-    remove_dead(block.graph, [old] if old is not None else [])
-    assert context.streams is not None
-    context.streams.rewritten(target.name)
-    return Rewritten(gone="made affine")

@@ -38,12 +38,20 @@ def rows(model: Model, tensors: Sequence[gs.Tensor], axes: Sequence[int], feeds:
         yield [values[name] for name in names]
 
 
-def mean_of(model: Model, tensor: gs.Tensor, axis: int, feeds: Feeds, context: Context) -> Array | None:
-    """Mean over the rows of ``tensor``, ``[features]`` in float64; None where no row came out."""
-    total: Array = np.zeros(0)
-    count = 0
-    for (values,) in rows(model, [tensor], [axis], feeds, context):
+class RunningMean:
+    """Mean of rows that stream by, in float64; rows with a number that is not finite do not count."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._total: Array = np.zeros(0)
+
+    def update(self, values: Array) -> None:
+        """Add rows ``[rows, features]``."""
         finite = values[np.isfinite(values).all(axis=1)]
-        total = finite.sum(axis=0, dtype=np.float64) + (total if total.size else 0.0)
-        count += len(finite)
-    return total / count if count else None
+        self._total = finite.sum(axis=0, dtype=np.float64) + (self._total if self._total.size else 0.0)
+        self.rows += len(finite)
+
+    @property
+    def mean(self) -> Array:
+        """``[features]``."""
+        return self._total / self.rows

@@ -1,7 +1,9 @@
-"""remove-ffn: drop FFN blocks and keep the residual path."""
+"""remove-ffn: drop FFN blocks, or leave the cheapest thing in their place that will do."""
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -9,32 +11,51 @@ import numpy as np
 
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from .base import BlockPass, Context, Refused, Rewritten
-from .bypass import bypass, measured_value
-from .measure import mean_of, unmeasurable
+from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .evidence import Streams
+from .ladder import Step, climb
 from .scores import choose_blocks
+from .stand_in import FITTED, RUNGS, Measured, StandIn
+
+_WITHIN = 0.01
+_TAKEN = "what remove-ffn put in the place of each block"
 
 
 @dataclass(frozen=True)
 class RemoveFFN(BlockPass):
-    """Remove FFN blocks and keep the residual path.
+    """Remove FFN blocks and keep the residual path, with the least in their place that will do.
 
-        y = x + f(x)   →   y = x                  keep=nothing
-                       →   y = x + E[f(x)]        keep=mean     (needs feeds)
+        y = r + f(x)   →   y = r                         keep=nothing
+                       →   y = r + E[f(x)]               keep=mean       (this and the others need feeds)
+                       →   y = s r, s = E[‖r + f‖/‖r‖]   keep=scale
+                       →   y = r + x U V + c             keep=rank       U [d, k], V [k, d], k = ``rank``
+                       →   y = r + x A + c               keep=affine
+                       →   the first of these that moves the outputs by at most ``within``      keep=ladder
 
     What is between the block and the residual Add goes with it (a branch norm, a layer scale): the mean kept is that of
-    what the Add receives. Blocks are given by ``blocks``, or the ``count`` (or ``fraction``) of those that score lowest
+    what the Add receives. The maps are fitted as ``linearize-ffn`` fits them, and stand in the block's own place.
+
+    ``within`` is a limit for each block by itself: how far putting this one thing in its place moves the outputs of the
+    model as it is rewritten so far, on feeds that choose (mean KL divergence for logits, else ‖o' − o‖² / ‖o‖²). A block
+    where nothing tried keeps to it stays.
+
+    Blocks are given by ``blocks``, or the ``count`` (or ``fraction``) of those that score lowest
     are chosen: ``by=cosine``, block influence 1 − E[cos(r, r + f)] of the residual stream r before and after the block
     (ShortGPT, arXiv 2403.03853, and for single sublayers arXiv 2406.15786), or ``by=output``, the relative error
     ‖o' − o‖/‖o‖ of the model's outputs when that one block is removed.
 
     Does not fire on a block that an earlier pass removed or made affine. Where the branch into the Add also carries
-    something else (attention, other experts), zeros (or the mean) take the block's place and the Add stays.
+    something else (attention, other experts), zeros (or the mean, or the map) take the block's place and the Add stays;
+    ``scale`` is refused there. Source of ``scale``: AdaSkip, arXiv 2501.02336.
     """
 
     name: ClassVar[str] = "remove-ffn"
     exact: ClassVar[bool] = False
-    keep: Literal["nothing", "mean"] = field(default="mean", metadata={"help": "what stays of the block's output"})
+    keep: Literal["nothing", "mean", "scale", "rank", "affine", "ladder"] = field(
+        default="mean", metadata={"help": "what stays of the block's output"})
+    rank: float = field(default=0.25, metadata={"help": "rank of keep=rank; below 1 a part of the width"})
+    within: float | None = field(default=None, metadata={
+        "help": f"how far a block may move the outputs; none: no limit, {_WITHIN} for keep=ladder"})
     count: int | None = field(default=None, metadata={"help": "remove this many blocks, chosen by score"})
     fraction: float | None = field(default=None, metadata={"help": "remove this part of the blocks, chosen by score"})
     by: Literal["cosine", "output"] = field(default="cosine", metadata={"help": "the score blocks are chosen by"})
@@ -46,11 +67,15 @@ class RemoveFFN(BlockPass):
             raise ValueError(f"count={self.count} is negative")
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction} is not between 0 and 1")
+        if not self.rank > 0 or (self.rank >= 1 and self.rank != int(self.rank)):
+            raise ValueError(f"rank={self.rank} must be a whole number, or a part of the width below 1")
+        if self.within is not None and not self.within >= 0:
+            raise ValueError(f"within={self.within} must be 0 or more")
 
     @property
     def needs_feeds(self) -> bool:
-        """A mean or a score has to be measured."""
-        return self.keep == "mean" or self.count is not None or self.fraction is not None
+        """Anything but plain removal of given blocks has to be measured."""
+        return self.keep != "nothing" or any(each is not None for each in (self.within, self.count, self.fraction))
 
     def choose(self, model: Model, blocks: dict[int, FFNBlock], context: Context) -> list[int]:
         """All, or the lowest by score."""
@@ -59,18 +84,32 @@ class RemoveFFN(BlockPass):
         count = self.count if self.count is not None else int(np.floor(self.fraction * len(blocks) + 0.5))  # type: ignore[operator]
         return choose_blocks(model, blocks, min(count, len(blocks)), self.by, context)
 
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Take the blocks out, each measured on what the ones before it have become."""
+        taken: dict[int, Step] = {}
+        with ExitStack() as stack:
+            streams = stack.enter_context(Streams(model, context)) if {self.keep} & {*FITTED, "ladder"} else None
+            memo = {**context.memo, _TAKEN: taken}
+            result = super().run(model, dataclasses.replace(context, streams=streams, memo=memo))
+        notes = [f"block {index}: {step.stand_in.rung}, which moves the outputs by {step.damage:.3g}"
+                 + (f" ({step.tried})" if step.tried else "") for index, step in sorted(taken.items())]
+        return dataclasses.replace(result, notes=(*result.notes, *notes))
+
     def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
-        """The mean of what the block adds, ``[d]``."""
-        if self.keep == "nothing":
-            return None
-        refusal = unmeasurable(model, block)
-        if refusal is not None:
-            return refusal
-        assert context.fit is not None
-        mean = mean_of(model, measured_value(block), block.axis, context.fit, context)
-        return Refused("no token of the feeds reached it", block.output.name) if mean is None else mean
+        """What takes the block's place."""
+        width = min(block.d_model, block.d_out)
+        rank = int(self.rank) if self.rank >= 1 else max(1, int(self.rank * width))
+        measured = Measured(model, block, context, rank)
+        if self.keep != "ladder" and self.within is None:
+            return measured.stand_in(self.keep)
+        step = climb(measured, RUNGS if self.keep == "ladder" else [self.keep],
+                     _WITHIN if self.within is None else self.within, self.name)
+        if isinstance(step, Refused):
+            return step
+        context.memo[_TAKEN][block.index] = step
+        return step.stand_in
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Take the block out."""
-        bypass(model, block, statistics if isinstance(statistics, np.ndarray) else None)
-        return Rewritten(gone="removed")
+        assert isinstance(statistics, StandIn)
+        return statistics.put(model, block, context)

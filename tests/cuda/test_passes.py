@@ -17,8 +17,9 @@ EXAMPLES = {"canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["cle
             "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
             "fuse-matmul": ["fuse-matmul"], "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=neuron,blocks=2"],
             "merge-linears": ["merge-linears:force=true"], "quantize-ffn": ["quantize-ffn:form=weight-only"],
-            "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output"], "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"],
-            "to-half": ["to-half", "to-half:dtype=bfloat16"]}
+            "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output", "remove-ffn:keep=scale,blocks=1",
+                           "remove-ffn:keep=rank,blocks=1", "remove-ffn:keep=ladder,within=0.1"],
+            "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"], "to-half": ["to-half", "to-half:dtype=bfloat16"]}
 NOT_IN_HALF = {"fold-norm",  # it leaves weights of 16 bits alone, which would be rounded anew
                "to-half", "to-half:dtype=bfloat16"}
 TOLERANCE = {"float32": 2e-4, "float16": 1e-2}

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
+import numpy.typing as npt
 
-from ..graph.builder import Builder
-from ..graph.edit import producer, remove_dead, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from ..runtime import DiagonalMoments
 from .affine_map import fit_map, input_evidence, put_map, why_no_map
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .evidence import Streams
-from .measure import rows, unmeasurable
+from .frequent_range import LEVELS, Lines
+from .measure import unmeasurable
 from .neuron_fit import NeuronFit
-from .token_weights import token_weights, weight_values
+from .neuron_lines import choose_coverage, lines_everywhere, measure_curves, put_lines, why_no_lines
+from .stein import fit_stein
+
+Array = npt.NDArray[Any]
+_COVERAGE = "part of the tokens that the range of each neuron holds, by block"
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,48 @@ class LinearizeFFN(BlockPass):
     """Replace what an FFN computes by an affine function of its input, fitted on feeds.
 
         fit=affine:  y ≈ x A + c            A, c = argmin Σ_t w_t ‖t_t − x_t A − c‖² + λ Σ_i var(x_i) ‖A_i‖²
+        fit=stein:   y ≈ x A + c            A = E[∂y/∂x] for Gaussian x, from the weights and the mean and covariance of x
         fit=neuron:  σ(z_i) ≈ a_i z_i + c_i  for each neuron i, so that  y ≈ ((x W₁ + b₁) ∘ a + c) W₂ + b₂
 
-    ``fit=affine`` emits the one matrix itself, ``[d_model, d_out]``, and works for gated blocks too. ``fit=neuron`` leaves
-    the two MatMuls with constants between them, for ``fuse-matmul`` to multiply (TARDIS, arXiv 2501.10054); a gated block is
-    refused, as linear × linear is quadratic. λ is chosen on tokens held out. Token t has the weight
-    ``w_t = 1 / (mean of r_t² + 1e-3 · average)``, r what the block feeds: the normalized value behind it (the residual sum,
-    centred, or the branch where that has a norm of its own); ``weight=none`` counts all tokens the same.
+    ``fit=affine`` and ``fit=stein`` emit the one matrix itself, ``[d_model, d_out]``, and work for gated blocks too. For Gaussian
+    inputs both are the same map (see :mod:`stein`); ``stein`` needs few tokens, ``affine`` more than the block has inputs,
+    and is better where there are plenty. ``fit=neuron`` leaves the two MatMuls with constants between them, for
+    ``fuse-matmul`` to multiply; a gated block is refused, as linear × linear is quadratic.
 
-    Blocks are fitted in order of execution, each on what the rewritten blocks before it give, the affine map towards what the
+    With ``coverage`` below 1 a line is fitted to the range of its neuron that holds this part of the tokens and bends least
+    (TARDIS, arXiv 2501.10054; see :mod:`frequent_range`); ``spread=sensitivity`` gives neurons and blocks different parts under
+    the same mean, by what their errors do to the outputs. There is no predictor at run time: tokens outside get the line, too.
+
+    λ is chosen on tokens held out. Token t has the weight ``w_t = 1 / (mean of r_t² + 1e-3 · average)``, r what the block feeds:
+    the normalized value behind it (the residual sum, centred, or the branch where that has a norm of its own); ``weight=none``
+    counts all tokens the same.
+
+    Blocks are fitted in order of execution, each on what the rewritten blocks before it give, the maps towards what the
     original model has there (``target=stream``: its residual stream; ``target=block``: the block's own output). Where x is
     also the residual (post-LN), the map takes the residual Add in: ``x + x A + c = x (A + I) + c``.
 
     Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, or where the feeds bring
-    fewer tokens than the block has inputs.
+    fewer tokens than the block has inputs (``fit=affine``).
 
-    Source: closed-form affine FFNs, arXiv 2606.19379; TARDIS, arXiv 2501.10054.
+    Source: closed-form affine FFNs, arXiv 2606.19379; Stein's lemma; TARDIS, arXiv 2501.10054.
     """
 
     name: ClassVar[str] = "linearize-ffn"
     exact: ClassVar[bool] = False
-    fit: Literal["affine", "neuron"] = field(default="affine", metadata={"help": "one map, or a line for each neuron"})
+    fit: Literal["affine", "stein", "neuron"] = field(default="affine", metadata={
+        "help": "one map, one map from few tokens, or a line for each neuron"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
+
+    coverage: float = field(default=1.0, metadata={"help": "of fit=neuron: part of the tokens that a line is fitted to"})
+    spread: Literal["uniform", "sensitivity"] = field(default="sensitivity", metadata={
+        "help": "how coverage differs over blocks and neurons"})
+
+    def __post_init__(self) -> None:
+        if not LEVELS[0] <= self.coverage <= 1:
+            raise ValueError(f"coverage={self.coverage} must be from {LEVELS[0]:g} to 1")
+        if self.coverage != 1 and self.fit != "neuron":
+            raise ValueError(f"coverage goes with fit=neuron, not with fit={self.fit}")
 
     @property
     def needs_feeds(self) -> bool:
@@ -60,21 +81,23 @@ class LinearizeFFN(BlockPass):
         refusal = why_no_map(block)
         if refusal is not None:
             return refusal
-        if self.fit == "neuron":
-            if block.gated:
-                return Refused("gated: linear times linear is not linear (fit=affine works)", block.output.name)
-            if block.region.inner_norm:
-                return Refused("a norm over the neurons ties them together (fit=affine works)", block.output.name)
-            if any(leaf.linear.fused_activation for leaf in block.region.leaves):
-                return Refused("the activation is fused into the projection (fit=affine works)", block.output.name)
-        return None
+        if self.fit == "stein" and block.region.inner_norm:
+            return Refused("a norm over the neurons ties them together (fit=affine works)", block.output.name)
+        return why_no_lines(block) if self.fit == "neuron" else None
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Fit and rewrite the blocks, each on what the ones before it give."""
         if self.fit == "neuron":
-            return super().run(model, context)
+            parts = self._coverage(model, context) if self.coverage < 1 and self.spread == "sensitivity" else {}
+            return super().run(model, dataclasses.replace(context, memo={**context.memo, _COVERAGE: parts}))
         with Streams(model, context) as streams:
             return super().run(model, dataclasses.replace(context, streams=streams))
+
+    def _coverage(self, model: Model, context: Context) -> dict[str, Array]:
+        there, _ = context.ledger.select(self.blocks)
+        there = {index: block for index, block in there.items()
+                 if self.check(block) is None and unmeasurable(model, block) is None}
+        return choose_coverage(model, there, self.coverage, self.weight, context)
 
     def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
         """The affine map, or a line for each neuron."""
@@ -84,39 +107,21 @@ class LinearizeFFN(BlockPass):
         if self.fit == "neuron":
             return self._lines(model, block, context)
         evidence = input_evidence(block, context, weight=self.weight, target=self.target)
-        return evidence if isinstance(evidence, Refused) else fit_map(block, evidence)
+        if isinstance(evidence, Refused):
+            return evidence
+        return fit_map(block, evidence) if self.fit == "affine" else fit_stein(block, evidence)
 
-    def _lines(self, model: Model, block: FFNBlock, context: Context) -> object:
-        """Slope and intercept of each neuron, ``[d_ff]`` each, for z as the projection gives it."""
-        leaf = block.region.leaves[0].tensor
-        wanted = [leaf, block.hidden, block.output, *weight_values(block, self.weight)]
-        axes = [block.up.linear.axis, block.down.linear.axis] + [block.axis] * (len(wanted) - 2)
-        moments = DiagonalMoments()
-        assert context.fit is not None
-        for z, h, y, *others in rows(model, wanted, axes, context.fit, context):
-            weights = token_weights(block, y, others, self.weight)
-            good = np.isfinite(z).all(axis=1) & np.isfinite(h).all(axis=1) & np.isfinite(weights)
-            if good.any():
-                moments.update(z[good], h[good], weights[good])
-        if not moments.rows:
-            return Refused("no token of the feeds reached it", block.input.name)
-        variance = moments.variance_z
-        moving = variance > 1e-12 * (variance + moments.mean_z ** 2 + 1e-30)
-        slope = np.where(moving, moments.covariance / np.where(moving, variance, 1), 0)
-        return slope, moments.mean_h - slope * moments.mean_z
+    def _lines(self, model: Model, block: FFNBlock, context: Context) -> Lines | Refused:
+        if self.coverage == 1:
+            return lines_everywhere(model, block, self.weight, context)
+        curves = measure_curves(model, block, self.weight, context)
+        parts = context.memo.get(_COVERAGE, {}).get(block.output.name, self.coverage)
+        return curves if isinstance(curves, Refused) else curves.lines(parts)
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put the affine map, or the lines, in place."""
         if isinstance(statistics, NeuronFit):
             assert statistics.affine is not None
             return put_map(model, block, statistics.affine, statistics.offset, context)
-        build = Builder(model, block.graph, block.name, block.onnx_type)
-        assert isinstance(statistics, tuple)
-        slope, intercept = statistics
-        axis = block.up.linear.axis
-        product = build.op("Mul", block.region.leaves[0].tensor, build.vector(slope, axis, "slope"), hint="line")
-        line = build.op("Add", product, build.vector(intercept, axis, "intercept"), hint="line_shift")
-        old = producer(block.hidden)
-        take_over(block.hidden, line)
-        remove_dead(block.graph, [old] if old is not None else [])
-        return Rewritten(gone="made affine")
+        assert isinstance(statistics, Lines)
+        return put_lines(model, block, statistics)

@@ -235,8 +235,8 @@ def test_every_option_table_agrees_with_the_pass(name):
     assert rows is not None
     assert [row["option"] for row in rows] == [f"`{option['name']}`" for option in options]
     for row, option in zip(rows, options, strict=True):
-        assert row["default"].strip("`") == {None: "none", True: "true", False: "false"}.get(
-            option["default"], str(option["default"])), option["name"]
+        said = str(option["default"])
+        assert row["default"].strip("`") == {"None": "none", "True": "true", "False": "false"}.get(said, said), option["name"]
         assert row.get("values", option["type"]) == option["type"]
 
 

@@ -15,7 +15,9 @@ from ffnfold.runtime.specs import input_specs
 
 EXAMPLES = {"canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["clean-up"], "dedupe-weights": ["dedupe-weights"],
             "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
-            "fuse-matmul": ["fuse-matmul"], "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=neuron,blocks=2"],
+            "fuse-matmul": ["fuse-matmul"],
+            "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=stein,blocks=1", "linearize-ffn:fit=neuron,blocks=2",
+                              "linearize-ffn:fit=neuron,coverage=0.9,blocks=2"],
             "merge-linears": ["merge-linears:force=true"], "quantize-ffn": ["quantize-ffn:form=weight-only"],
             "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output", "remove-ffn:keep=scale,blocks=1",
                            "remove-ffn:keep=rank,blocks=1", "remove-ffn:keep=ladder,within=0.1"],

@@ -270,7 +270,7 @@ def test_without_feeds_nothing_runs(tmp_path, fit):
     assert not (tmp_path / "after.onnx").exists()
 
 
-@pytest.mark.parametrize(("options", "said"), [("fit=cubic", "choose one of affine, neuron"),
+@pytest.mark.parametrize(("options", "said"), [("fit=cubic", "choose one of affine, stein, neuron"),
                                                ("weight=1", "choose one of auto, none")])
 def test_options_that_make_no_sense(tmp_path, options, said):
     with pytest.raises(InputError, match=said):

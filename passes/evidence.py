@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from ..runtime import Moments
+from ..runtime import Scatter
 from .base import Context
 from .bypass import is_pure_branch
 from .stream import Stream
@@ -42,17 +42,17 @@ class Evidence:
         fit, held_out: over tokens to fit on, and over others that choose.
     """
 
-    fit: Moments
-    held_out: Moments
+    fit: Scatter
+    held_out: Scatter
 
     @property
     def rows(self) -> int:
         """Tokens seen."""
         return self.fit.rows + self.held_out.rows
 
-    def everything(self) -> Moments:
+    def everything(self) -> Scatter:
         """Both together."""
-        both = Moments()
+        both = Scatter()
         both.merge(self.fit)
         both.merge(self.held_out)
         return both
@@ -88,7 +88,7 @@ class Streams:
             inputs, neurons: which features to take moments of.
             weight: how tokens are weighted (see :mod:`token_weights`).
         """
-        found = Evidence(Moments(), Moments())
+        found = Evidence(Scatter(), Scatter())
         few = len(self._feeds) < HELD_OUT
         for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target)):
             good = np.isfinite(t).all(axis=1) & np.isfinite(weights)

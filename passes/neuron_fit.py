@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from ..runtime import Moments
+from ..runtime import Scatter
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -47,14 +47,13 @@ class Features:
     prior: Array
 
     @classmethod
-    def of(cls, moments: Moments, prior: Array, inputs: int) -> Features:
+    def of(cls, moments: Scatter, prior: Array, inputs: int) -> Features:
         """From moments of the groups [x, h, t], or [h, t] with ``inputs`` 0."""
         width = len(prior)
-        mean, gram = moments.mean, moments.gram / moments.weight
+        mean, covariance = moments.mean, moments.covariance
+        ff, ft = covariance[:width, :width], covariance[:width, width:]
+        tt = float(np.trace(covariance[width:, width:]))
         mean_f, mean_t = mean[:width], mean[width:]
-        ff = gram[:width, :width] - np.outer(mean_f, mean_f)
-        ft = gram[:width, width:] - np.outer(mean_f, mean_t)
-        tt = float(np.trace(gram[width:, width:]) - mean_t @ mean_t)
         return cls(ff, ft, tt, mean_f, mean_t, inputs, prior)
 
     @property

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..graph.ffn import FFNBlock, Projection
-from ..runtime import Moments
+from ..runtime import Scatter
 from .base import Refused
 from .evidence import Evidence
 from .neuron_fit import Features, NeuronFit
@@ -56,7 +56,7 @@ def fit_stein(block: FFNBlock, evidence: Evidence) -> NeuronFit | Refused:
                      features.error(none, matrix) / max(features.tt, 1e-30))
 
 
-def mean_jacobian(block: FFNBlock, moments: Moments) -> Array:
+def mean_jacobian(block: FFNBlock, moments: Scatter) -> Array:
     """E[∂y/∂x] ``[d_model, d_out]`` for Gaussian x.
 
     Args:

@@ -36,10 +36,12 @@ from .report_folder import check_folder
 @click.option("--no-verify", is_flag=True, help="Do not measure drift and speed.")
 @click.option("--report", "report_folder", type=options.PATH, metavar="DIR",
               help="Write report.html, report.json, report.md and plan.yaml.")
+@click.option("--cache", type=options.PATH, metavar="DIR",
+              help="Keep moments there: the same command, killed and started again, goes on from them.")
 @options.as_json()
 def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path | None, data: Path | None, synthetic: bool,
             target: str, provider: str, use_tf32: bool, allow_cpu: bool, threads: int | None, max_drift: tuple[str, ...],
-            strict: bool, no_verify: bool, report_folder: Path | None, as_json: bool) -> None:
+            strict: bool, no_verify: bool, report_folder: Path | None, cache: Path | None, as_json: bool) -> None:
     """Rewrite MODEL by a plan and write the result to OUT.
 
     Without -p and --plan the default plan of the target runs, which needs no inputs. With --data (or --synthetic) the
@@ -51,7 +53,7 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
     job = Job(model, output, plan, data=data, synthetic=synthetic, provider=provider, threads=threads,
               use_tf32=use_tf32, allow_cpu=allow_cpu,
               limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify,
-              detailed=report_folder is not None)
+              detailed=report_folder is not None, cache=cache)
     if no_verify and max_drift:
         raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")
     if report_folder is not None:

@@ -18,6 +18,7 @@ from .blocks import ALL, Blocks
 if TYPE_CHECKING:
     from .evidence import Streams
     from .ledger import Ledger
+    from .resume import Resume
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Context:
         progress: told what is going on, one short line.
         streams: the model and the original gone through side by side, where a pass fits block after block.
         widths: name of a block's output → neurons that stay, where a pass has decided that for all blocks together.
+        resume: moments kept for the same run started again.
         memo: what passes of this plan made and may use again (weights that stay shared).
     """
 
@@ -99,6 +101,7 @@ class Context:
     progress: Callable[[str], None] = lambda message: None
     streams: Streams | None = None
     widths: dict[str, int] = field(default_factory=dict)
+    resume: Resume | None = None
     memo: dict[object, Any] = field(default_factory=dict)
 
 

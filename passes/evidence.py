@@ -67,6 +67,7 @@ class Streams:
     def __init__(self, model: Model, context: Context) -> None:
         assert context.fit is not None
         self._feeds = context.fit
+        self._resume = context.resume
         self._now = Stream(model, context.fit, context)
         self._original = Stream(model.copy(), context.fit, context)
 
@@ -88,9 +89,12 @@ class Streams:
             inputs, neurons: which features to take moments of.
             weight: how tokens are weighted (see :mod:`token_weights`).
         """
-        found = Evidence(Scatter(), Scatter())
+        kept = None if self._resume is None else self._resume.load(2)
+        found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter())
         few = len(self._feeds) < HELD_OUT
         for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target)):
+            if kept:
+                continue
             good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
             for group in features:
                 good &= np.isfinite(group).all(axis=1)
@@ -99,6 +103,8 @@ class Streams:
             for moments, chosen in ((found.fit, good & ~held), (found.held_out, good & held)):
                 if chosen.any():
                     moments.update(*(group[chosen] for group in features), t[chosen], weights=weights[chosen])
+        if self._resume is not None and not kept:
+            self._resume.save(found.fit, found.held_out)
         return found
 
     def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str,

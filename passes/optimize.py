@@ -22,6 +22,7 @@ from .base import PassResult
 from .exact_part import ExactPart, moved
 from .per_block import drift_per_block
 from .plan import Plan
+from .resume import Resume
 from .runner import run_plan
 from .split import Split, divide, load_split
 from .verification import Verification, spread
@@ -41,6 +42,7 @@ class Job:
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
         detailed: also the drift of each block, and the time of each run.
+        cache: where moments are kept, so that the same job, killed and started again, goes on from there; None: nowhere.
         external: weights in a data file; None: as the input has them.
     """
 
@@ -57,6 +59,7 @@ class Job:
     strict: bool = False
     verify: bool = True
     detailed: bool = False
+    cache: Path | None = None
     external: bool | None = None
 
 
@@ -83,8 +86,9 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
              progress: Callable[[str], None]) -> dict[str, Any]:
     fitting = split if job.plan.needs_feeds else None
     exact = ExactPart(model, job.plan, compared=split is not None and job.verify)
+    resume = _resume(job, fitting, fingerprint)
     results = run_plan(model, job.plan, fit=fitting.fit if fitting else None, choose=fitting.choose if fitting else None,
-                       provider=job.provider, threads=job.threads, progress=progress, after=exact.after)
+                       provider=job.provider, threads=job.threads, progress=progress, after=exact.after, resume=resume)
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
@@ -101,7 +105,16 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
             staged.commit()
         else:
             report["notes"].append(f"{job.output} was not written (--strict)")
+    if resume is not None:
+        resume.done()
     return report
+
+
+def _resume(job: Job, fitting: Split | None, fingerprint: InputHash) -> Resume | None:
+    if job.cache is None or fitting is None:
+        return None
+    identity = {**fingerprint.entries(), "plan": job.plan.to_yaml(), "provider": job.provider, "threads": job.threads}
+    return Resume(job.cache, identity, [fitting.fit, fitting.choose])
 
 
 def _check_places(job: Job) -> None:

@@ -13,17 +13,19 @@ from .base import Context, PassResult
 from .gate import Gate
 from .ledger import Ledger
 from .plan import Plan
+from .resume import Resume
 
 
 def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feeds | None = None, provider: str = "cpu",
              threads: int | None = None, progress: Callable[[str], None] = lambda message: None,
-             after: Callable[[int], None] = lambda done: None) -> list[PassResult]:
+             after: Callable[[int], None] = lambda done: None, resume: Resume | None = None) -> list[PassResult]:
     """Rewrite ``model`` in place by every pass of ``plan``.
 
     Args:
         fit: feeds for the passes that fit something.
         choose: feeds for those that choose blocks by a measurement; ``fit`` where there are none.
         after: told after each pass how many are done, ``model`` standing as it is then.
+        resume: where moments are kept, and those of the same run before.
 
     Returns:
         What each pass did, in order.
@@ -35,7 +37,7 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
     if plan.needs_feeds and fit is None:
         raise InputError(f"the pass '{plan.needs_feeds[0]}' needs real inputs with these options: give them with --data")
     gate = Gate(model, provider)
-    context = Context(fit, choose or fit, provider, threads, progress=progress)
+    context = Context(fit, choose or fit, provider, threads, progress=progress, resume=resume)
     asked = [blocks for blocks in (getattr(each, "blocks", None) for each in plan) if blocks is not None]
     if asked:
         context.ledger = Ledger(model)

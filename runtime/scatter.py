@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .specs import Array
@@ -76,6 +78,21 @@ class Scatter:
         self._first = self._first + other._first + other._weight * shift
         self._weight += other._weight
         self.rows += other.rows
+
+    def to_arrays(self) -> dict[str, Array]:
+        """What it holds, for a file."""
+        self._flush()
+        return {"widths": np.asarray(self.widths, np.int64), "rows": np.asarray(self.rows), "weight": np.asarray(self._weight),
+                "center": self._center, "first": self._first, "second": self._second}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> Scatter:
+        """The one that gave ``arrays``."""
+        made = cls()
+        made.rows, made.widths = int(arrays["rows"]), tuple(int(width) for width in arrays["widths"])
+        made._weight, made._center = float(arrays["weight"]), arrays["center"]
+        made._first, made._second = arrays["first"], arrays["second"]
+        return made
 
     @property
     def weight(self) -> float:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 LEVELS = np.linspace(0.5, 1, 11)
 _BINS = 64
+_FIRST = 1024  # rows after which the bins are laid out
 _REACH = 4.0  # standard deviations; what is farther out is in the last bins
 
 
@@ -42,17 +43,40 @@ class Lines:
 class Curves:
     """Histograms of z, and of what the activation makes of it, for neurons that stream by.
 
-    Args:
-        mean, size: of z, ``[d_ff]`` each, known beforehand: where the bins are.
+    The first rows say where the bins are; what is summed in them is exact wherever they are.
     """
 
-    def __init__(self, mean: Array, size: Array) -> None:
-        self._mean = mean
-        self._size = np.where(size > 0, size, 1)
-        self._sums = np.zeros((6, len(mean) * _BINS))
+    def __init__(self) -> None:
+        self.rows = 0
+        self._waiting: list[tuple[Array, Array, Array]] = []
+        self._mean: Array = np.zeros(0)
+        self._size: Array = np.zeros(0)
+        self._sums: Array = np.zeros((6, 0))
 
     def update(self, z: Array, h: Array, weights: Array) -> None:
         """Add rows: ``z`` and ``h`` are ``[rows, d_ff]``, ``weights`` is ``[rows]``."""
+        self.rows += len(z)
+        if self._mean.size:
+            self._add(z, h, weights)
+            return
+        self._waiting.append((z, h, weights))
+        if self.rows >= _FIRST:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Lay out the bins and fill them with what has waited for that."""
+        if self._mean.size:
+            return
+        z, weights = (np.concatenate([each[number] for each in self._waiting]).astype(np.float64) for number in (0, 2))
+        self._mean = np.average(z, axis=0, weights=weights)
+        size = np.sqrt(np.average((z - self._mean) ** 2, axis=0, weights=weights))
+        self._size = np.where(size > 0, size, 1)
+        self._sums = np.zeros((6, z.shape[1] * _BINS))
+        for each in self._waiting:
+            self._add(*each)
+        self._waiting = []
+
+    def _add(self, z: Array, h: Array, weights: Array) -> None:
         u = (z - self._mean) / self._size
         place = np.clip(np.floor((u + _REACH) * (_BINS / (2 * _REACH))), 0, _BINS - 1).astype(np.int64)
         place += _BINS * np.arange(z.shape[1])
@@ -66,6 +90,7 @@ class Curves:
         Args:
             coverage: part of the tokens that the range holds, one for all or ``[d_ff]``.
         """
+        self._settle()
         sums = self._sums.reshape(6, -1, _BINS)
         running = np.concatenate([np.zeros((*sums.shape[:2], 1)), sums.cumsum(axis=2)], axis=2)
         total = np.maximum(running[0, :, -1], 1e-300)

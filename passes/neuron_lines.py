@@ -20,6 +20,7 @@ from .spread import damage
 from .token_weights import token_weights, weight_values
 
 Array = npt.NDArray[Any]
+_ENOUGH = 16_384  # tokens that the parts are chosen on
 _NOTHING = "no token of the feeds reached it"
 
 
@@ -37,7 +38,9 @@ def why_no_lines(block: FFNBlock) -> Refused | None:
 
 def lines_everywhere(model: Model, block: FFNBlock, weight: str, context: Context) -> Lines | Refused:
     """The least-squares line of each neuron over all tokens, for z as the projection gives it."""
-    moments = _moments(model, block, weight, context)
+    moments = DiagonalMoments()
+    for z, h, weights in _tokens(model, block, weight, context):
+        moments.update(z, h, weights)
     if not moments.rows:
         return Refused(_NOTHING, block.input.name)
     variance = moments.variance_z
@@ -46,15 +49,14 @@ def lines_everywhere(model: Model, block: FFNBlock, weight: str, context: Contex
     return Lines(slope, moments.mean_h - slope * moments.mean_z, moments.variance_h - slope * moments.covariance)
 
 
-def measure_curves(model: Model, block: FFNBlock, weight: str, context: Context) -> Curves | Refused:
-    """How each neuron answers to each range of z, in two passes over the feeds."""
-    moments = _moments(model, block, weight, context)
-    if not moments.rows:
-        return Refused(_NOTHING, block.input.name)
-    curves = Curves(moments.mean_z, np.sqrt(moments.variance_z))
+def measure_curves(model: Model, block: FFNBlock, weight: str, context: Context, tokens: int | None = None) -> Curves | Refused:
+    """How each neuron answers to each range of z, from ``tokens`` tokens or somewhat more (None: from all)."""
+    curves = Curves()
     for z, h, weights in _tokens(model, block, weight, context):
         curves.update(z, h, weights)
-    return curves
+        if tokens is not None and curves.rows >= tokens:
+            break
+    return curves if curves.rows else Refused(_NOTHING, block.input.name)
 
 
 def choose_coverage(model: Model, blocks: Mapping[int, FFNBlock], coverage: float, weight: str,
@@ -67,7 +69,7 @@ def choose_coverage(model: Model, blocks: Mapping[int, FFNBlock], coverage: floa
     errors = {}
     for index, block in blocks.items():
         context.progress(f"linearize-ffn: how much block {index} matters")
-        curves = measure_curves(model, block, weight, context)
+        curves = measure_curves(model, block, weight, context, _ENOUGH)
         if isinstance(curves, Refused):
             continue
         size = (block.down.weight().astype(np.float64) ** 2).sum(axis=1)
@@ -93,13 +95,6 @@ def put_lines(model: Model, block: FFNBlock, lines: Lines) -> Rewritten:
 
 def _putting(lines: Lines) -> Any:
     return lambda trial, same: put_lines(trial, same, lines)
-
-
-def _moments(model: Model, block: FFNBlock, weight: str, context: Context) -> DiagonalMoments:
-    moments = DiagonalMoments()
-    for z, h, weights in _tokens(model, block, weight, context):
-        moments.update(z, h, weights)
-    return moments
 
 
 def _tokens(model: Model, block: FFNBlock, weight: str, context: Context) -> Iterator[tuple[Array, Array, Array]]:

@@ -269,16 +269,17 @@ def _slice(node: gs.Node, x: Folded, *bounds: Folded | None) -> Folded | None:
 def _dequantize(node: gs.Node, x: Folded, scale: Folded, zero: Folded | None = None) -> Folded:
     axis = int(node.attrs.get("axis", 1))
     block = int(node.attrs.get("block_size", 0) or 0)
+    kind = int(node.attrs.get("output_dtype", 0)) or scale.onnx_type
 
     def load() -> Array:
         scales = _spread(scale.load().astype(np.float32), x.shape, axis, block)
         zeros: Array = np.zeros((), np.float32)
         if zero is not None:
             zeros = _spread(zero.load().astype(np.float32), x.shape, axis, block)
-        result: Array = ((x.load().astype(np.float32) - zeros) * scales).astype(numpy_type(scale.onnx_type))
+        result: Array = ((x.load().astype(np.float32) - zeros) * scales).astype(numpy_type(kind))
         return result
 
-    return _computed(x.shape, scale.onnx_type, load, quantized=True)
+    return _computed(x.shape, kind, load, quantized=True)
 
 
 def _spread(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:

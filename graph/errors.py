@@ -18,12 +18,12 @@ class InputError(Exception):
 
 
 @contextlib.contextmanager
-def about(path: str | PathLike[str]) -> Iterator[None]:
-    """What goes wrong here is said of the file ``path``."""
+def about(path: str | PathLike[str], *others: str | PathLike[str]) -> Iterator[None]:
+    """What goes wrong here is said of the file ``path``, unless it is said of that, or of one of ``others``, already."""
     try:
         yield
     except InputError as error:
-        if str(path) in str(error):
+        if any(str(each) in str(error) for each in (path, *others)):
             raise
         raise InputError(f"{path}: {error}") from None
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from .broadcast import keeps_rank
 from .constant import Array, Folded, fold
 from .edit import consumers, producer
 from .nbits import dequantize_nbits
@@ -325,7 +326,7 @@ def _absorb_bias(linear: Linear) -> None:
     bias = _vector(other, linear.d_out) if other is not linear.output else None
     folded = fold(other)
     if bias is None or folded is None or folded.shape[-1:] != (linear.d_out,) or any(
-            dim != 1 for dim in folded.shape[:-1]):
+            dim != 1 for dim in folded.shape[:-1]) or not keeps_rank(linear.output, folded.shape):
         return
     linear.bias = bias
     linear.nodes.append(add)

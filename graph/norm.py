@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
+from .broadcast import keeps_rank
 from .constant import Folded, fold, integers, scalar
 from .edit import producer
 
@@ -69,6 +70,8 @@ def read_norm(node: gs.Node) -> Norm | None:
         norm = _written_out(inner) if inner is not None and inner.op == "Mul" else None
         if norm is None or shift is None or not _is_vector(shift, norm.width) or len(norm.output.outputs) != 1:
             return None
+        if not keeps_rank(norm.input, shift.shape):
+            return None
         return Norm(norm.input, node.outputs[0], norm.bare, norm.centred, norm.scale, shift, norm.scale_at, Slot(node, index),
                     [*norm.nodes, node])
     return _written_out(node) if node.op == "Mul" and not node.domain else None
@@ -110,6 +113,8 @@ def _written_out(node: gs.Node) -> Norm | None:
         if squared is None or squared is not numerator:
             continue
         x, centred = _centred(numerator, found)
+        if not keeps_rank(x, scale.shape):
+            return None
         return Norm(x, node.outputs[0], bare, centred, scale, None, Slot(node, index), None,
                     [*reversed(found), *reversed(nodes)])
     return None

@@ -178,7 +178,7 @@ class Walker:
                 if value.name:
                     pending.append((value, turn_axis(node, axis), False))
         for key, folded in constants.items():
-            if folded.size not in (0, 1, down.d_in):
+            if folded.size not in (0, 1, down.d_in) or not _along(folded, axes[key], down.d_in):
                 return Refusal(names[key], "a constant that is not one number, or one for each neuron", len(region.leaves))
         region.steps = _sorted(order)
         region._constants = constants
@@ -268,6 +268,11 @@ def _sorted(order: list[gs.Node]) -> list[gs.Node]:
                     if source is not None and id(source) in inside:
                         stack.append((source, False))
     return result
+
+
+def _along(folded: Folded, axis: int, width: int) -> bool:
+    """Whether a constant of ``width`` numbers has them on ``axis``: ``[width, 1]`` has one for each row."""
+    return width == 1 or folded.size != width or (len(folded.shape) >= -axis and folded.shape[axis] == width)
 
 
 def _over_features(node: gs.Node, axis: int) -> bool:

@@ -194,7 +194,7 @@ class ComputedValues(Values):
         array = np.asarray(self._compute())
         if array.shape != self.shape:
             raise ValueError(f"computed {array.shape}, declared {self.shape}")
-        return np.ascontiguousarray(array.astype(self.dtype, copy=False))
+        return np.ascontiguousarray(self._typed(array))
 
     @property
     def by_rows(self) -> bool:
@@ -205,7 +205,7 @@ class ComputedValues(Values):
         """Rows ``start`` to ``stop``, computed."""
         if self._rows is None:
             return super().rows(start, stop)
-        return np.asarray(self._rows(start, stop)).astype(self.dtype, copy=False)
+        return self._typed(np.asarray(self._rows(start, stop)))
 
     def tiles(self, max_bytes: int = _TILE) -> Iterator[bytes | memoryview]:
         """The bytes, computed a group of rows at a time where that is possible."""
@@ -215,7 +215,16 @@ class ComputedValues(Values):
         step = max(1, max_bytes // max(1, self.nbytes // self.shape[0]))
         for start in range(0, self.shape[0], step):
             part = np.asarray(self._rows(start, min(start + step, self.shape[0])))
-            yield _stored_bytes(np.ascontiguousarray(part.astype(self.dtype, copy=False)))
+            yield _stored_bytes(np.ascontiguousarray(self._typed(part)))
+
+    def _typed(self, array: Array) -> Array:
+        """``array`` in the element type. Raises InputError where a finite number would become infinite."""
+        try:
+            with np.errstate(over="raise"):
+                return array.astype(self.dtype, copy=False)
+        except FloatingPointError:
+            raise InputError(f"a weight of shape {list(self.shape)} that was computed has numbers too large for {self.dtype}: "
+                             "leave out the pass that folds into it") from None
 
 
 class InlineValues(Values):

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
+from ..graph.broadcast import features, keeps_rank
 from ..graph.builder import Builder
 from ..graph.constant import Folded, fold
 from ..graph.edit import (
@@ -30,6 +32,7 @@ from .sharing import shows_inside
 
 Array = npt.NDArray[Any]
 LARGEST = 1e4  # constants above this (masks, rounding tricks) are left alone: reordering such a sum rounds
+_LARGEST_HALF = {onnx.TensorProto.FLOAT16: 16.0, onnx.TensorProto.BFLOAT16: 2.0}  # there less rounds
 _MOST = 1 << 22  # elements of a constant that is looked at
 
 
@@ -76,7 +79,7 @@ def merge_adds(model: Model, graph: gs.Graph, node: gs.Node) -> bool | Refused:
     if not _no_larger(total.size, first, node, a, b):
         return Refused("a constant is shared, so that the file would grow", node.outputs[0].name)
     build = Builder(model, graph, node.name or first.name or "fold_bias", a.onnx_type)
-    set_inputs(node, [x, build.constant(total, "folded_bias")])
+    set_inputs(node, [x, build.constant(np.asarray(total), "folded_bias")])
     remove_dead(graph, [first])
     return True
 
@@ -97,12 +100,10 @@ def into_following_linear(model: Model, graph: gs.Graph, node: gs.Node) -> bool 
     reason = _unfit(a)
     if reason is not None:
         return Refused(reason, node.outputs[0].name) if reason else False
+    if not keeps_rank(x, a.shape) or features(x) != linears[0].d_in:
+        return Refused("the addition may give the value another shape", node.outputs[0].name)
     if bias_growth(linears) > freed_bytes(node, 0 if node.inputs[1] is x else 1):
         return Refused("a bias is shared, so that the file would grow", node.outputs[0].name)
-    last = x.shape[-1] if x.shape else None
-    source = producer(x)
-    if last != linears[0].d_in and (source is None or read_linear(source) is None) and width == 1:
-        return False
     vector = np.broadcast_to(a.load().reshape(-1).astype(np.float64), (linears[0].d_in,))
     for linear in linears:
         add_to_bias(model, graph, linear, Weight.of(linear).after(vector))
@@ -168,7 +169,7 @@ def norm_shift(model: Model, graph: gs.Graph, node: gs.Node) -> bool | Refused:
         return Refused(reason, output.name) if reason else False
     if bias_growth(linears) > freed_bytes(node, 2):
         return Refused("a bias is shared, so that the file would grow", output.name)
-    vector = shift.load().astype(np.float64)
+    vector = np.broadcast_to(shift.load().astype(np.float64), (linears[0].d_in,))
     for linear in linears:
         add_to_bias(model, graph, linear, Weight.of(linear).after(vector))
     set_inputs(node, node.inputs[:2])
@@ -195,9 +196,11 @@ def _all_zero(constant: Folded) -> bool:
 
 
 def _keeps_shape(x: gs.Tensor, constant: Folded) -> bool:
-    """Whether ``x + constant`` surely has the shape of ``x``."""
+    """Whether ``x + constant`` surely has the shape of ``x``. A leading dimension that the graph states may be an exporter's."""
     if not constant.shape:
         return True
+    if any(dim != 1 for dim in constant.shape[:-1]):
+        return False
     shape = list(x.shape) if x.shape is not None else None
     if shape is None:
         node = producer(x)
@@ -219,7 +222,7 @@ def _unfit(*constants: Folded) -> str | None:
         if constant.overridable:
             return "a constant is an input that the caller may override"
         top = np.abs(constant.load().astype(np.float64)).max(initial=0)
-        if not top <= LARGEST:
+        if not top <= _LARGEST_HALF.get(constant.onnx_type, LARGEST):
             return "a constant is so large that another order of adding would round"
     return None
 

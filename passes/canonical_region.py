@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from ..graph.broadcast import rank
 from ..graph.builder import Builder
 from ..graph.constant import fold, integers
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
@@ -86,11 +87,11 @@ def best_core(build: Builder, block: FFNBlock, core: Core, context: Context, *, 
     if values is None:
         return None
     made = list(build.graph.nodes[before:])
-    rank = 2 if any(leaf.linear.kind in ("Gemm", "FusedGemm") for leaf in block.region.leaves) else 3
+    axes = 2 if any(leaf.linear.kind in ("Gemm", "FusedGemm") for leaf in block.region.leaves) else 3
     biases = [node for node in map(producer, core.starts) if node is not None and node.op == "Add" and _adds_vector(node)]
     kind = block.onnx_type
-    own = executed_alone(build.model, [*biases, *core.nodes], core.end, kind, rank, context)
-    new = executed_alone(build.model, [*biases, *made], values, kind, rank, context)
+    own = executed_alone(build.model, [*biases, *core.nodes], core.end, kind, axes, context)
+    new = executed_alone(build.model, [*biases, *made], values, kind, axes, context)
     if own is not None and new is not None and (new < own or (anew and new == own)):
         return values
     remove_dead(build.graph, made)
@@ -117,7 +118,7 @@ def chain(build: Builder, block: FFNBlock, starts: Sequence[gs.Tensor], context:
     emit = CHAINS.get(activation.name)
     if emit is None or region.inner_norm or any(leaf.linear.fused_activation for leaf in region.leaves):
         return None
-    if not all(_is_plain(node, block.onnx_type) for node in region.steps):
+    if not all(_is_plain(node, block.onnx_type) and _keeps_axes(node) for node in region.steps):
         return None
     biases = _leaf_biases(block)
     if biases is None:
@@ -130,7 +131,9 @@ def chain(build: Builder, block: FFNBlock, starts: Sequence[gs.Tensor], context:
         h = build.op("Mul", h, z[activation.value], hint="gated")
     if _agrees(block, build.graph.nodes[first:], z, h):
         return h
-    remove_dead(build.graph, build.graph.nodes[before:])
+    made = list(build.graph.nodes[before:])
+    own = {id(node) for node in made}
+    remove_dead(build.graph, made, lambda node: id(node) in own)  # what gives ``starts`` may be new, and unread as yet
     return None
 
 
@@ -138,6 +141,15 @@ def _is_plain(node: gs.Node, onnx_type: int) -> bool:
     if node.op == "Cast":
         return int(node.attrs.get("to", 0)) == onnx_type
     return node.op in _SHAPERS or node.op == "Identity" or (node.domain or "", node.op) in POINTWISE
+
+
+def _keeps_axes(node: gs.Node) -> bool:
+    """Whether the constants that ``node`` reads surely add no axis to what it computes."""
+    constants = [folded for folded in map(fold, node.inputs) if folded is not None]
+    if node.op in _SHAPERS or all(len(each.shape) <= 1 for each in constants):
+        return True
+    axes = max((rank(tensor) or 0 for tensor in node.inputs if fold(tensor) is None), default=0)
+    return all(len(each.shape) <= axes for each in constants)
 
 
 def _leaf_biases(block: FFNBlock) -> list[gs.Tensor | None] | None:

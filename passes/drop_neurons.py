@@ -39,8 +39,9 @@ class DropNeurons(Pass):
     widened by what float32 may round. What that says of hᵢ is carried through the activation node by node.
 
     Does not fire where the number left would not be a multiple of ``multiple`` (then as many stay as make it one), where a
-    weight is shared, quantized, packed or an input, where the intermediate value is read elsewhere, where the neurons are
-    normed together, or where their number is written into a Reshape.
+    weight is shared, quantized, packed or an input, on neurons that hold an infinity or NaN (0 · ∞ is NaN), where the
+    intermediate value is read elsewhere, where the neurons are normed together, or where their number is written into a
+    Reshape.
     """
 
     name: ClassVar[str] = "drop-neurons"
@@ -70,6 +71,8 @@ class DropNeurons(Pass):
 
 
 def _reason_against(block: FFNBlock) -> str | None:
+    if not block.d_ff or not block.d_model:
+        return "it has no neurons"
     if any(linear.packed or linear.gathered for linear in block.linears()):
         return "its weights have a third axis, for experts"
     if block.quantized:

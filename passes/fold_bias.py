@@ -32,9 +32,9 @@ class FoldBias(Pass):
     The sums are taken in float64, so results differ by rounding only.
 
     Does not fire where another consumer reads the value before the addition, where a constant is an input that the caller
-    may override, is shared so that the file would grow, or is so large that adding it in another order would round
-    (above 1e4); and not on the β of a norm that is written out in single operators, since ONNX Runtime recognizes that norm
-    by its last Add.
+    may override, is shared so that the file would grow, or is so large that adding it in another order would round (above
+    1e4; 16 in float16, 2 in bfloat16); where the addition may give its value more axes or another width; and not on the β
+    of a norm that is written out in single operators, since ONNX Runtime recognizes that norm by its last Add.
     """
 
     name: ClassVar[str] = "fold-bias"

@@ -27,7 +27,7 @@ from .scaled import scaled_weight
 from .sharing import is_free, is_shared, shows_inside
 
 Array = npt.NDArray[Any]
-_LARGEST = 1e4
+_LARGEST, _SMALLEST = 1e4, 1e-20
 _WIDE = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
 
@@ -44,7 +44,7 @@ class FoldNorm(Pass):
 
     Does not fire where anything but a linear reads the norm's output, where a weight is shared, quantized, an input that the
     caller may override, or float16 or bfloat16 (rounding γ W to so few bits is no rounding error); where β is not zero and a
-    linear has no bias to take it; where γ is so large that the weights may overflow.
+    linear has no bias to take it; where γ is so large that the weights may overflow, or so small that they may vanish.
     """
 
     name: ClassVar[str] = "fold-norm"
@@ -151,6 +151,9 @@ def _reason_against(norm: Norm, linears: list[Linear]) -> str | None:
     for constant in (norm.scale, *([norm.shift] if norm.shift is not None else [])):
         if not np.abs(constant.load().astype(np.float64)).max(initial=0) <= _LARGEST:
             return "the scale or the shift is so large that the weights may overflow"
+    scale = np.abs(norm.scale.load().astype(np.float64))
+    if np.any((scale > 0) & (scale < _SMALLEST)):
+        return "the scale is so small that the weights may vanish"
     return None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ..graph.broadcast import keeps_rank
 from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import is_output, producer, remove_dead, take_over
@@ -36,8 +38,9 @@ class FuseMatMul(Pass):
     float64.
 
     Does not fire where one matrix would cost more operations than two (d₁·d₃ ≥ d₂·(d₁ + d₃), as in LoRA and other
-    bottlenecks), where the value between has another reader or is an output, where a matrix is quantized, shared with
-    something that stays (the file would grow), or an input that the caller may override.
+    bottlenecks), where the value between has another reader or is an output, or gets another axis from a constant, where a
+    matrix is quantized, shared with something that stays (the file would grow), or an input that the caller may override;
+    where the product may leave the range of its type, by ``|(W₁ diag(s) W₂)ᵢⱼ| ≤ ‖W₁ᵢ ∘ s‖ ‖W₂ⱼ‖``.
     """
 
     name: ClassVar[str] = "fuse-matmul"
@@ -113,6 +116,8 @@ def _pair(graph: gs.Graph, second: Linear, linears: dict[int, Linear]) -> _Pair 
         numbers = constant.load()
         if numbers.size not in (1, second.d_in) or (numbers.size > 1 and numbers.shape[-1] != second.d_in):
             return None
+        if not keeps_rank(node.inputs[1] if left is not None else node.inputs[0], numbers.shape):
+            return None
         numbers = np.broadcast_to(numbers.reshape(-1).astype(np.float64), (second.d_in,))
         # what comes later is already in scale and shift: z ↦ (z·m + a)·scale + shift
         scale = np.ones(second.d_in) if scale is None else scale
@@ -141,6 +146,18 @@ def _reason_against(pair: _Pair) -> str | None:
     size = first.d_in * second.d_out
     if size * numpy_type(first.onnx_type).itemsize > released_bytes(first, second):
         return "a matrix is shared with something that stays, so that the file would grow"
+    return _reason_by_size(pair)
+
+
+def _reason_by_size(pair: _Pair) -> str | None:
+    """Why the product may not fit its type: ``|(W₁ diag(s) W₂)ᵢⱼ| ≤ ‖W₁ᵢ ∘ s‖ ‖W₂ⱼ‖``."""
+    limits = ml_dtypes.finfo(numpy_type(pair.first.onnx_type))
+    with np.errstate(all="ignore"):
+        largest = Weight.of(pair.first).longest(1, pair.scale) * Weight.of(pair.second).longest(0)
+    if not largest <= float(limits.max):
+        return "the product of the two matrices may be too large for their type"
+    if 0 < largest < 16 * float(limits.smallest_normal):
+        return "the product of the two matrices is too small for their type"
     return None
 
 

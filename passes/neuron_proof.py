@@ -53,7 +53,21 @@ def prove(block: FFNBlock) -> Proof:
             found.constant = {int(i): float(hidden.low[i]) for i in np.flatnonzero(hidden.known) if int(i) not in found.gone}
         left = np.setdiff1d(np.arange(block.d_ff), [*found.gone, *found.constant])
         found.same = _equal(left, ups, samples, [bias for bias in biases if bias is not None])
+    _keep_unbounded(found, [down, *ups], [bias for bias in biases if bias is not None])
     return found
+
+
+def _keep_unbounded(found: Proof, weights: list[NeuronWeight], biases: list[Array]) -> None:
+    """Take back what was proved of neurons that hold an infinity or NaN, which a zero does not silence: 0 · ∞ is NaN."""
+    proved = np.asarray(sorted(found.gone | set(found.constant)), np.int64)
+    sound = proved
+    for weight in weights:
+        sound = weight.finite(sound)
+    for bias in biases:
+        sound = sound[np.isfinite(bias[sound].astype(np.float64))]
+    for neuron in set(proved.tolist()) - set(sound.tolist()):
+        found.gone.discard(neuron)
+        found.constant.pop(neuron, None)
 
 
 @dataclass(frozen=True)

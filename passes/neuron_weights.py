@@ -75,6 +75,11 @@ class NeuronWeight:
         found = [part[~self.take(part).any(axis=1)] for part in self._parts(neurons)]
         return np.concatenate(found) if found else neurons[:0]
 
+    def finite(self, neurons: Indices) -> Indices:
+        """Those of ``neurons`` none of whose numbers is infinite or NaN."""
+        found = [part[np.isfinite(self.take(part).astype(np.float64)).all(axis=1)] for part in self._parts(neurons)]
+        return np.concatenate(found) if found else neurons[:0]
+
     def digests(self, neurons: Indices) -> list[bytes]:
         """A hash of all numbers of each of ``neurons``."""
         return [hashlib.sha256(row.tobytes()).digest() for part in self._parts(neurons) for row in self.take(part)]
@@ -94,7 +99,8 @@ class NeuronWeight:
 
             def some_rows(start: int, stop: int) -> Array:
                 assert stored is not None
-                return part(stored.rows(start, stop))
+                step = max(1, _TILE // max(columns, 1))
+                return np.concatenate([part(stored.rows(low, min(low + step, stop))) for low in range(start, stop, step)])
 
             return ComputedValues((rows, len(neurons)), kind, lambda: part(self.folded.load()),
                                   None if stored is None else some_rows)
@@ -109,8 +115,8 @@ class NeuronWeight:
         def some(start: int, stop: int) -> Array:
             assert stored is not None
             chosen = neurons[start:stop]
-            first = int(chosen[0])
-            taken = stored.rows(first, int(chosen[-1]) + 1)[chosen - first]
+            taken = np.concatenate([stored.rows(int(near[0]), int(near[-1]) + 1)[near - near[0]]
+                                    for near in _near(chosen, columns)])
             for neuron in set(added or {}) & set(chosen.tolist()):
                 rows = [stored.rows(each, each + 1)[0].astype(np.float64) for each in (neuron, *(added or {})[neuron])]
                 taken[place[neuron] - start] = np.sum(rows, axis=0)
@@ -129,6 +135,15 @@ class NeuronWeight:
         step = max(1, _TILE // max(self.folded.shape[1 - self.axis], 1))
         for start in range(0, len(neurons), step):
             yield neurons[start:start + step]
+
+
+def _near(neurons: Indices, columns: int) -> Iterator[Indices]:
+    """``neurons`` (ascending) in groups that lie within a tile of rows of ``columns`` numbers."""
+    step, start = max(1, _TILE // max(columns, 1)), 0
+    while start < len(neurons):
+        stop = int(np.searchsorted(neurons, neurons[start] + step))
+        yield neurons[start:stop]
+        start = stop
 
 
 def bound(weight: NeuronWeight, scale: Array, shift: Array | None, bias: Array | None) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..graph.errors import InputError
+from ..graph.errors import InputError, about
 from ..graph.hashes import InputHash
 from ..graph.model import Model
 from ..graph.save import Staged
@@ -94,7 +94,8 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
     if fired:
         model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(),
                                   **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}}
-        staged = model.stage(job.output, external=job.external)
+        with about(job.model, job.output):
+            staged = model.stage(job.output, external=job.external)
     else:
         staged = _copy(model, job)
     with staged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,24 +49,52 @@ class Weight:
 
     @property
     def by_rows(self) -> bool:
-        """Whether ``rows`` reads no more than the rows it is asked for."""
-        return self.stored is not None and not self.turned
+        """Whether ``rows`` holds no more than the rows it is asked for and a tile."""
+        return self.stored is not None
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows ``start`` to ``stop`` in float64."""
-        if self.stored is None or self.turned:
+        """Rows ``start`` to ``stop`` in float64. Where the matrix is stored turned, all of it is read, a tile at a time."""
+        if self.stored is None:
             return self.load()[start:stop].astype(np.float64)
-        return np.asarray(self.stored.rows(start, stop).astype(np.float64) * self.factor)
+        if not self.turned:
+            return np.asarray(self.stored.rows(start, stop).astype(np.float64) * self.factor)
+        found = np.empty((stop - start, self.d_out))
+        for first, tile in self._tiles():
+            found[:, first:first + len(tile)] = tile[:, start:stop].T
+        return found * self.factor
+
+    def longest(self, axis: int, factors: Array | None = None) -> float:
+        """The largest ‖·‖₂ of the columns of W (``axis`` 0) or of its rows (1), their numbers times ``factors``."""
+        if self.stored is None:
+            matrix = self.load().astype(np.float64)
+            scaled = matrix if factors is None else matrix * (factors[:, None] if axis == 0 else factors)
+            return float(np.sqrt(np.square(scaled).sum(axis=axis)).max(initial=0))
+        along = axis == 0 if self.turned else axis == 1  # whether each row of a tile is one of the vectors
+        squares = np.zeros(self.stored.shape[0 if along else 1])
+        for start, tile in self._tiles():
+            matrix = tile.astype(np.float64)
+            if factors is not None:
+                matrix *= factors if along else factors[start:start + len(tile), None]
+            if along:
+                squares[start:start + len(tile)] = np.square(matrix).sum(axis=1)
+            else:
+                squares += np.square(matrix).sum(axis=0)
+        return float(np.sqrt(squares).max(initial=0)) * abs(self.factor)
+
+    def _tiles(self) -> Iterator[tuple[int, Array]]:
+        """First row and rows, as stored."""
+        assert self.stored is not None
+        step = max(1, _TILE // max(self.stored.shape[1], 1))
+        for start in range(0, self.stored.shape[0], step):
+            yield start, self.stored.rows(start, min(start + step, self.stored.shape[0]))
 
     def after(self, left: Array) -> Array:
         """``v W`` ``[d_out]`` for v ``[d_in]``, or ``M W`` ``[rows, d_out]`` for M ``[rows, d_in]``, in float64."""
         if self.stored is None:
             return np.asarray(left @ self.load().astype(np.float64))
         out = np.zeros((*left.shape[:-1], self.d_out))
-        step = max(1, _TILE // max(self.stored.shape[1], 1))
-        for start in range(0, self.stored.shape[0], step):
-            stop = min(start + step, self.stored.shape[0])
-            tile = self.stored.rows(start, stop).astype(np.float64)
+        for start, rows in self._tiles():
+            stop, tile = start + len(rows), rows.astype(np.float64)
             if self.turned:
                 out[..., start:stop] = left @ tile.T
             else:

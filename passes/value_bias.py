@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from ..graph.broadcast import rank
 from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, replace_uses
 from ..graph.linear import Linear, read_linear
@@ -145,31 +146,12 @@ def _rows_of_one(weights: gs.Tensor) -> str | None:
     if node is None:
         return ""
     if node.op == "Softmax" and not node.domain:
-        axis, rank = node.attrs.get("axis"), _rank(node.inputs[0])
-        last = axis == -1 or (rank is not None and axis == rank - 1)
+        axis, axes = node.attrs.get("axis"), rank(node.inputs[0])
+        last = axis == -1 or (axes is not None and axis == axes - 1)
         return None if last else "the softmax is not, or not surely, over the keys"
     if _behind_softmax(node):
         return f"its attention weights may not sum to 1: {node.op} stands behind the softmax"
     return ""
-
-
-def _rank(tensor: gs.Tensor, steps: int = 12) -> int | None:
-    """How many axes ``tensor`` has, where the graph or the operators before it say so."""
-    if tensor.shape is not None:
-        return len(tensor.shape)
-    folded, node = fold(tensor), producer(tensor)
-    if folded is not None:
-        return len(folded.shape)
-    if node is None or steps == 0 or node.domain:
-        return None
-    if node.op == "Transpose" and node.attrs.get("perm"):
-        return len(node.attrs["perm"])
-    if node.op == "Reshape":
-        return len(sizes(node)) or None
-    if node.op in ("Add", "Sub", "Mul", "Div", "Where", "MatMul"):
-        ranks = [_rank(each, steps - 1) for each in node.inputs]
-        return None if None in ranks or 1 in ranks else max(each for each in ranks if each is not None)
-    return _rank(node.inputs[0], steps - 1) if node.op in ("Softmax", "Cast", "Identity") else None
 
 
 def _behind_softmax(node: gs.Node, steps: int = 6) -> bool:

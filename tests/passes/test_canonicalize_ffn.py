@@ -515,3 +515,38 @@ def test_twice_is_once(tmp_path):
     source = residual(lambda s, x: flat(s, x, "gelu"))
     _, [first, second] = rewrite(source, tmp_path, "canonicalize-ffn", "canonicalize-ffn")
     assert (first.fired, second.fired) == (1, 0)
+
+
+def _nearly_gelu_tanh(s: Sketch, z: str, shape: tuple[int, ...] = ()) -> str:
+    def number(value: float) -> str:
+        return s.weight(np.full(shape, value, np.float32))
+
+    cube = s.op("Mul", s.op("Pow", z, number(3)), number(0.0447))
+    inner = s.op("Tanh", s.op("Mul", s.op("Add", z, cube), number(0.7979)))
+    return s.op("Mul", s.op("Mul", z, number(0.5)), s.op("Add", inner, number(1)))
+
+
+def test_rows_are_not_flattened_around_an_activation_that_keeps_its_nodes(tmp_path):
+    def branch(s: Sketch, x: str) -> str:
+        rows = s.op("Reshape", x, s.weight(np.asarray([-1, D])))
+        hidden = s.op("Reshape", gemm(s, rows, D, WIDE), sizes_of(s, x, WIDE))
+        back = s.op("Reshape", _nearly_gelu_tanh(s, hidden), s.weight(np.asarray([-1, WIDE])))
+        return s.op("Reshape", gemm(s, back, WIDE, D), sizes_of(s, x, D))
+
+    model, result = canonicalize(residual(branch), tmp_path)
+    assert result.fired == 1
+    assert "Reshape" not in ops(model)
+
+
+def test_numbers_that_add_an_axis_stay(tmp_path):
+    def branch(s: Sketch, x: str) -> str:
+        z = s.linear(x, D, WIDE)
+        one, half = (s.weight(np.full((1, 1, 1, 1), value, np.float32)) for value in (1, 0.5))
+        error = s.op("Erf", s.op("Div", z, s.number(2 ** 0.5)))
+        return s.linear(s.op("Mul", s.op("Mul", z, s.op("Add", error, one)), half), WIDE, D)
+
+    s = residual(branch)
+    s.outputs.clear()
+    s.output("y", None)
+    _, result = canonicalize(s, tmp_path)
+    assert result.fired == 0

@@ -216,17 +216,18 @@ def test_a_gate_proved_open_loses_its_relu(tmp_path):
     assert drift(run(s.model(), X), run(model, X)) < 1e-6
 
 
-def test_a_bias_of_three_axes_keeps_them(tmp_path):
+@pytest.mark.parametrize(("rows", "fired"), [(["batch", "tokens", D], 2), (["rows", D], 0)])
+def test_a_bias_of_three_axes_keeps_them(tmp_path, rows, fired):
     s = Sketch()
     up, down, bias = s.numbers(D, FF), s.numbers(FF, D), s.numbers(1, 1, FF)
     down[3], up[:, 5] = 0, 0
-    x = s.input("x", ["rows", D])
+    x = s.input("x", rows)
     hidden = s.op("Sigmoid", s.op("Add", s.op("MatMul", x, s.weight(up)), s.weight(bias)))
     y = s.op("Add", s.op("MatMul", hidden, s.weight(down)), s.weight(s.numbers(1, 1, D)))
     s.op("Add", x, y, out=s.output("y"))
     model, result = drop(s, tmp_path)
-    assert result.fired == 2
-    feed = {"x": X["x"][0]}
+    assert result.fired == fired
+    feed = {"x": X["x"] if len(rows) == 3 else X["x"][0]}
     assert drift(run(s.model(), feed), run(model, feed)) < 1e-6
 
 
@@ -347,3 +348,28 @@ def test_a_width_written_into_a_reshape_stays(tmp_path):
 
 def test_ordinary_weights_stay(tmp_path):
     check(Block("gelu", norm=True), tmp_path, FF)
+
+
+@pytest.mark.parametrize("where", ["up", "bias"])
+def test_a_neuron_that_holds_an_infinity_stays(tmp_path, where):
+    block = Block("relu")
+    block.down[3] = block.down[4] = 0
+    if where == "up":
+        block.up[2, 3] = np.inf
+    else:
+        block.up_bias[3] = np.inf
+    s = block.model()
+    model, result = drop(s, tmp_path)
+    assert result.fired == 1
+    assert np.isnan(run(s.model(), X)["y"]).any()
+    np.testing.assert_array_equal(np.isnan(run(s.model(), X)["y"]), np.isnan(run(model, X)["y"]))
+
+
+def test_a_block_without_neurons_is_refused(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    hidden = s.op("Relu", s.op("Add", s.op("MatMul", x, s.weight(s.numbers(D, 0))), s.weight(s.numbers(0, scale=1))))
+    y = s.op("Add", s.op("MatMul", hidden, s.weight(np.zeros((0, D), np.float32))), s.weight(s.numbers(D)))
+    s.op("Add", x, y, out=s.output("y"))
+    _, result = drop(s, tmp_path)
+    assert (result.fired, [each.reason for each in result.refused]) == (0, ["it has no neurons"])

@@ -345,3 +345,48 @@ def test_what_an_inner_graph_reads_stays(tmp_path):
     s.op("Add", first, s.weight(s.numbers(D)), out=s.output("z"))
     s.nodes.sort(key=lambda node: node.op_type == "If")
     stays(s, tmp_path, feed={**X, "wanted": np.asarray(True)})
+
+
+def test_numbers_of_no_axes_become_one(tmp_path):
+    s, x = sketch()
+    s.op("Add", s.op("Add", x, s.number(0.5)), s.number(0.25), out=s.output("y"))
+    model, result = fold(s, tmp_path)
+    assert result.fired == 1
+    assert ops(model) == ["Add"]
+
+
+@pytest.mark.parametrize(("shape", "given"), [((1, 1, D), (5, D)), ((D,), (5, 1))], ids=["axes", "width"])
+def test_an_addition_that_gives_its_value_another_shape_stays(tmp_path, shape, given):
+    s, x = sketch(["rows", "width"])
+    s.op("Add", s.op("MatMul", s.op("Add", x, s.weight(s.numbers(*shape))), s.weight(s.numbers(D, 4))), s.weight(s.numbers(4)),
+         out=s.output("y"))
+    [feed] = feeds_of(given)
+    stays(s, tmp_path, "another shape", feed)
+
+
+def test_an_addition_that_repeats_its_value_stays(tmp_path):
+    s, x = sketch()
+    wide = s.op("Add", s.op("MatMul", x, s.weight(s.numbers(D, 1))), s.weight(s.numbers(6)))
+    s.op("Add", s.op("MatMul", wide, s.weight(s.numbers(6, 4))), s.weight(s.numbers(4)), out=s.output("y"))
+    stays(s, tmp_path, "another shape")
+
+
+def test_zeros_that_repeat_a_value_of_stale_shape_stay(tmp_path):
+    s, x = sketch(["batch", D])
+    s.op("Add", s.info(s.op("Relu", x), [4, D]), s.weight(np.zeros((4, D), np.float32)), out=s.output("y"))
+    [feed] = feeds_of((1, D))
+    stays(s, tmp_path, None, feed)
+
+
+def test_float16_numbers_that_round_to_integers_stay(tmp_path):
+    s, x = sketch(dtype=np.float16)
+    s.op("Add", s.op("Add", x, s.number(1536)), s.number(-1536), out=s.output("y"))
+    stays(s, tmp_path, "so large", {"x": X["x"].astype(np.float16)})
+
+
+def test_one_shift_for_all_features_of_a_norm(tmp_path):
+    s, x = sketch()
+    normed = s.op("LayerNormalization", x, s.weight(s.numbers(1)), s.weight(s.numbers(1)))
+    s.op("Add", s.op("MatMul", normed, s.weight(s.numbers(D, 4))), s.weight(s.numbers(4)), out=s.output("y"))
+    _, result = fold(s, tmp_path)
+    assert result.fired == 1

@@ -8,8 +8,10 @@ import numpy as np
 import onnx
 import pytest
 from ffn_graphs import Sketch, drift, ops, optimized_ops, run
+from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
 from ffnfold.passes.base import PassResult
+from ffnfold.passes.optimize import Job, optimize_file
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from onnx import TensorProto
@@ -223,3 +225,35 @@ def test_experts_read_through_a_gather_stay(tmp_path):
     assert result.fired == 0
     assert result.refused
     assert ops(model) == ops(s.model())
+
+
+def test_a_scale_that_weights_would_vanish_under_is_refused(tmp_path):
+    s, x = sketch()
+    normed = s.op("LayerNormalization", x, s.weight(np.full(D, 1e-25, np.float32)))
+    s.op("Mul", s.op("MatMul", normed, s.weight(s.numbers(D, 6, scale=1e-20))), s.number(1e38), out=s.output("y"))
+    model, result = fold(s, tmp_path)
+    assert (result.fired, [each.reason for each in result.refused]) == (
+        0, ["the scale is so small that the weights may vanish"])
+    check(s, model)
+
+
+def test_a_weight_that_would_overflow_is_never_written(tmp_path):
+    s, x = sketch()
+    normed = s.op("LayerNormalization", x, s.weight(np.full(D, 100, np.float32)))
+    s.op("MatMul", normed, s.weight(s.numbers(D, 64, scale=1e38)), out=s.output("y"))
+    onnx.save_model(s.model(), tmp_path / "model.onnx")
+    job = Job(tmp_path / "model.onnx", tmp_path / "folded.onnx", Plan.parse(["fold-norm"]), verify=False)
+    with pytest.raises(InputError, match=r"model.onnx: .* too large for float32"):
+        optimize_file(job)
+    assert not (tmp_path / "folded.onnx").exists()
+
+
+def test_a_scale_that_adds_an_axis_stays(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["rows", D])
+    mean = s.op("ReduceMean", s.op("Pow", x, s.number(2)), axes=[-1])
+    normed = s.op("Div", x, s.op("Sqrt", s.op("Add", mean, s.number(1e-5))))
+    s.op("MatMul", s.op("Mul", normed, s.weight(s.numbers(1, 1, D))), s.weight(s.numbers(D, 6)), out=s.output("y"))
+    model, result = fold(s, tmp_path)
+    assert result.fired == 0
+    assert run(model, {"x": X["x"][0]})["y"].shape == (1, 5, 6)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from ffn_graphs import Sketch, drift, ops, run, transformer
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.passes.base import PassResult
+from ffnfold.passes.plan import Plan
+from ffnfold.passes.runner import run_plan
 from rewriting import Branch, feeds_of, in_branch, rewrite
 
 D, BETWEEN, OUT = 8, 32, 6
@@ -245,3 +248,26 @@ def test_a_pair_across_the_border_of_an_inner_graph_stays(tmp_path):
     s.op("MatMul", "x", s.weight(s.numbers(D, BETWEEN)), out="between")
     s.nodes.sort(key=lambda node: node.op_type == "If")
     stays(s, tmp_path, feed={**X, "wanted": np.asarray(True)})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, BETWEEN), (1, 1, 1)])
+@pytest.mark.parametrize("op", ["Mul", "Add"])
+def test_a_constant_that_adds_an_axis_stays(tmp_path, op, shape):
+    s = Sketch()
+    between = s.op(op, s.op("MatMul", s.input("x", ["rows", D]), s.weight(s.numbers(D, BETWEEN))), s.weight(s.numbers(*shape)))
+    s.op("MatMul", between, s.weight(s.numbers(BETWEEN, OUT)), out=s.output("y"))
+    stays(s, tmp_path, None, ROWS)
+
+
+@pytest.mark.parametrize(("scale", "dtype", "words"), [(1e25, np.float32, "too large"), (1e-25, np.float32, "too small"),
+                                                       (1e3, np.float16, "too large"), (np.nan, np.float32, "too large")])
+def test_a_product_that_does_not_fit_its_type_is_refused(tmp_path, scale, dtype, words):
+    s, x = sketch(dtype)
+    small = s.op("Mul", x, s.number(1 / scale if scale > 1 else 1))
+    s.op("MatMul", s.op("MatMul", small, s.weight(s.numbers(D, BETWEEN, scale=scale))),
+         s.weight(s.numbers(BETWEEN, OUT, scale=scale)), out=s.output("y"))
+    onnx.save_model(s.model(), tmp_path / "m.onnx")
+    model = Model.load(tmp_path / "m.onnx")
+    [result] = run_plan(model, Plan.parse(["fuse-matmul"]), threads=1)
+    assert result.fired == 0
+    assert [words in each.reason for each in result.refused] == [True]

@@ -55,6 +55,25 @@ def two_matrices(s: Sketch, x: str) -> str:
     return s.op("MatMul", s.op("MatMul", x, s.weight(numbers(D_MODEL, D_FF))), s.weight(numbers(D_FF, 64, seed=1)))
 
 
+def two_turned_matrices(s: Sketch, x: str) -> str:
+    first = s.op("Gemm", x, s.weight(numbers(D_FF, D_MODEL)), transB=1)
+    return s.op("Gemm", first, s.weight(numbers(64, D_FF, seed=1)), transB=1)
+
+
+def few_neurons_far_apart(s: Sketch, x: str) -> str:
+    up, down = numbers(D_MODEL, D_FF), numbers(D_FF, D_MODEL, seed=1)
+    gone = np.arange(D_FF) % 512 != 0
+    down[gone] = 0
+    return s.op("Add", x, s.op("MatMul", s.op("Relu", s.op("MatMul", x, s.weight(up))), s.weight(down)))
+
+
+def few_neurons_far_apart_of_gemms(s: Sketch, x: str) -> str:
+    up, down = numbers(D_FF, D_MODEL), numbers(D_MODEL, D_FF, seed=1)
+    gone = np.arange(D_FF) % 512 != 0
+    down[:, gone] = 0
+    return s.op("Add", x, s.op("Gemm", s.op("Relu", s.op("Gemm", x, s.weight(up), transB=1)), s.weight(down), transB=1))
+
+
 def shift_before_linear(s: Sketch, x: str) -> str:
     shifted = s.op("Add", x, s.weight(numbers(D_MODEL)))
     return s.op("Add", s.op("MatMul", shifted, s.weight(numbers(D_MODEL, D_FF))), s.weight(numbers(D_FF)))
@@ -65,8 +84,9 @@ def equal_weights(s: Sketch, x: str) -> str:
 
 
 CASES = [("fold-norm", norm_into_linear), ("fold-norm", norm_into_gemm), ("drop-neurons", equal_neurons),
-         ("drop-neurons", equal_neurons_of_gemms), ("fuse-matmul", two_matrices), ("fold-bias", shift_before_linear),
-         ("dedupe-weights", equal_weights)]
+         ("drop-neurons", equal_neurons_of_gemms), ("drop-neurons", few_neurons_far_apart),
+         ("drop-neurons", few_neurons_far_apart_of_gemms), ("fuse-matmul", two_matrices),
+         ("fuse-matmul", two_turned_matrices), ("fold-bias", shift_before_linear), ("dedupe-weights", equal_weights)]
 
 
 @pytest.mark.parametrize(("name", "draw", "external"), [*((*case, True) for case in CASES), (*CASES[0], False)],

@@ -1,0 +1,101 @@
+"""What can surely be told of a value's shape, so that a constant taken away from it does not change that shape.
+
+A constant of shape [1, 1, d] added to a value of two axes gives one of three, and [d] added to [n, 1] gives [n, d]: where the
+addition goes elsewhere, so does the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_graphsurgeon as gs
+
+from .constant import fold
+from .edit import producer
+
+_STEPS = 12
+_BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "PRelu", "BiasGelu", "FastGelu", "BiasAdd"})
+_ALIKE = frozenset({
+    "Abs", "Cast", "CastLike", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity",
+    "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "QuickGelu", "Reciprocal", "Relu", "RMSNormalization",
+    "Selu", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Softmax",
+    "Softplus", "Sqrt", "Tanh"})
+"""Operators whose first output has the shape of their first input."""
+_MATRIX = {"MatMul": 0, "FusedMatMul": "transB", "Gemm": "transB", "FusedGemm": "transB"}
+
+
+def rank(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
+    """How many axes ``tensor`` has, where the graph or the operators before it say so."""
+    if tensor.shape is not None:
+        return len(tensor.shape)
+    folded, node = fold(tensor), producer(tensor)
+    if folded is not None:
+        return len(folded.shape)
+    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor:
+        return None
+    if node.op == "Transpose" and node.attrs.get("perm"):
+        return len(node.attrs["perm"])
+    if node.op in ("Gemm", "FusedGemm", "Flatten"):
+        return 2
+    if node.op == "Reshape" and len(node.inputs) > 1:
+        return _count(node.inputs[1])
+    if node.op in _BINARY or node.op in ("MatMul", "FusedMatMul"):
+        ranks = [rank(each, steps - 1) for each in node.inputs if each.name]
+        if None in ranks or ("MatMul" in node.op and 1 in ranks):
+            return None
+        return max(each for each in ranks if each is not None)
+    return rank(node.inputs[0], steps - 1) if node.op in _ALIKE else None
+
+
+def _count(shape: gs.Tensor) -> int | None:
+    """How many sizes the target of a Reshape has."""
+    known = shape.shape
+    if known is None or len(known) != 1 or not isinstance(known[0], int):
+        folded, node = fold(shape), producer(shape)
+        if folded is not None:
+            known = folded.shape
+        elif node is not None and node.op == "Concat" and not node.domain:
+            parts = [_count(each) for each in node.inputs]
+            return None if None in parts else sum(part for part in parts if part is not None)
+        elif node is not None and node.op == "Unsqueeze":
+            return 1  # of a number, else the target would have two axes
+        elif node is not None and node.op == "Gather" and (index := fold(node.inputs[1])) is not None:
+            known = index.shape
+    return int(known[0]) if known is not None and len(known) == 1 and isinstance(known[0], int) else None
+
+
+def features(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
+    """The last dimension of ``tensor``, where the graph or the operators before it say so."""
+    if tensor.shape is not None:
+        last = tensor.shape[-1] if len(tensor.shape) else None
+        if isinstance(last, int) and last >= 0:
+            return int(last)
+    folded, node = fold(tensor), producer(tensor)
+    if folded is not None:
+        return folded.shape[-1] if folded.shape else None
+    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor:
+        return None
+    if node.op in _MATRIX and len(node.inputs) > 1:
+        weight, turned = fold(node.inputs[1]), _MATRIX[node.op]
+        if weight is None or len(weight.shape) < 2:
+            return None
+        return weight.shape[-2 if turned and node.attrs.get(turned, 0) else -1]
+    if node.op == "MatMulNBits":
+        return int(node.attrs["N"])
+    if node.op == "Reshape" and len(node.inputs) > 1:
+        target = fold(node.inputs[1])
+        last = int(target.load().reshape(-1)[-1]) if target is not None and 0 < target.size < 16 else 0
+        return last if last > 0 else None
+    if node.op in _BINARY:  # one of them is the result's, unless it is 1
+        known = [features(each, steps - 1) for each in node.inputs if each.name]
+        wide = next((each for each in known if each is not None and each > 1), None)
+        return wide if wide is not None or None in known else next(iter(known), None)
+    return features(node.inputs[0], steps - 1) if node.op in _ALIKE else None
+
+
+def keeps_rank(x: gs.Tensor, shape: Sequence[int]) -> bool:
+    """Whether ``x`` (of one axis or more) surely has as many axes as it has with a constant of ``shape`` added."""
+    if len(shape) <= 1:
+        return True
+    axes = rank(x)
+    return axes is not None and len(shape) <= axes

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from .errors import InputError
 from .files import Source
 from .tensors import tensors
+from .weights import nbytes_of
 from .wire import Scanner, WireError
 
 try:
@@ -44,14 +45,31 @@ def claim(file: BinaryIO) -> None:
 
 
 def data_files(path: Path) -> set[str]:
-    """Names of the files beside ``path`` that the model there keeps its weights in; none where there is no such model."""
+    """Names of the files beside ``path`` that the model there keeps its weights in; none where there is no such model.
+
+    A file of which its weights are less than half is not its own to take along: it may be anything.
+    """
     try:
         proto = onnx.ModelProto.FromString(_skeleton(path))
     except (InputError, WireError, DecodeError, OSError):
         return set()
-    places = {entry.value for tensor, _ in tensors(proto) for entry in tensor.external_data if entry.key == "location"}
-    found = {Path(os.path.normpath(place)) for place in places if "\0" not in place}
-    return {place.name for place in found if len(place.parts) == 1 and place.name not in ("..", path.name)}
+    parts: dict[str, dict[tuple[str, str], int]] = {}
+    for tensor, _ in tensors(proto):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        place = Path(os.path.normpath(entries.get("location", "..")))
+        if "\0" in entries.get("location", "") or len(place.parts) != 1 or place.name in ("", "..", path.name):
+            continue
+        offset, length = entries.get("offset", ""), entries.get("length", "")
+        nbytes = int(length) if length.isdecimal() and len(length) < 20 else nbytes_of(tuple(tensor.dims), tensor.data_type)
+        parts.setdefault(place.name, {})[(offset, length)] = nbytes
+    return {name for name, lengths in parts.items() if 2 * sum(lengths.values()) >= _size(path.with_name(name))}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class Farewell:

@@ -209,6 +209,15 @@ def test_the_data_file_of_the_old_model_goes_with_it(tmp_path):
     assert set(contents(tmp_path)) == {"m.onnx", "n.onnx"}
 
 
+def test_a_file_that_is_hardly_weights_stays(tmp_path):
+    path = saved(transformer(2, 32, 128).model(), tmp_path / "m.onnx")
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="thesis.pdf", size_threshold=0)
+    data = (tmp_path / "thesis.pdf").read_bytes()
+    (tmp_path / "thesis.pdf").write_bytes(data + bytes(2 * len(data)))
+    Model.load(path).save(path, external=False)
+    assert set(contents(tmp_path)) == {"m.onnx", "thesis.pdf"}
+
+
 def test_the_data_file_of_the_old_model_stays_where_another_model_names_it(tmp_path):
     path = saved(transformer(2, 32, 128).model(), tmp_path / "m.onnx")
     onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)

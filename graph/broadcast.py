@@ -14,6 +14,7 @@ from .constant import fold
 from .edit import producer
 
 _STEPS = 12
+_DOMAINS = (None, "", "ai.onnx", "com.microsoft")
 _BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "PRelu", "BiasGelu", "FastGelu", "BiasAdd"})
 _ALIKE = frozenset({
     "Abs", "Cast", "CastLike", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity",
@@ -31,7 +32,7 @@ def rank(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
     folded, node = fold(tensor), producer(tensor)
     if folded is not None:
         return len(folded.shape)
-    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor:
+    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor or node.domain not in _DOMAINS:
         return None
     if node.op == "Transpose" and node.attrs.get("perm"):
         return len(node.attrs["perm"])
@@ -73,7 +74,7 @@ def features(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
     folded, node = fold(tensor), producer(tensor)
     if folded is not None:
         return folded.shape[-1] if folded.shape else None
-    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor:
+    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor or node.domain not in _DOMAINS:
         return None
     if node.op in _MATRIX and len(node.inputs) > 1:
         weight, turned = fold(node.inputs[1]), _MATRIX[node.op]

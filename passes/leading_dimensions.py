@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ..graph.broadcast import keeps_rank
 from ..graph.constant import fold, integers
 from ..graph.edit import producer
 from ..graph.pointwise import POINTWISE
@@ -58,7 +59,8 @@ def _origin(tensor: gs.Tensor, depth: int) -> gs.Tensor:
     if (node.domain or "", node.op) in POINTWISE and len(node.outputs) == 1:
         others = [value for value in node.inputs if value.name and not _is_narrow(value)]
         origins = {id(origin): origin for origin in (_origin(value, depth - 1) for value in others)}
-        if len(origins) == 1:
+        constants = [folded for folded in (fold(value) for value in node.inputs if value.name) if folded is not None]
+        if len(origins) == 1 and all(keeps_rank(value, folded.shape) for value in others for folded in constants):
             return next(iter(origins.values()))
     return tensor
 

@@ -57,3 +57,9 @@ def test_a_reshape_to_sizes_read_from_the_input(tmp_path):
     tokens = s.op("Unsqueeze", s.op("Gather", s.op("Shape", x), s.weight(np.asarray(1))), s.weight(np.asarray([0])))
     target = s.op("Concat", s.weight(np.asarray([-1])), tokens, s.weight(np.asarray([2, D // 2])), axis=0)
     assert rank(output(s, s.op("Reshape", x, target), tmp_path)) == 4
+
+
+def test_nothing_is_known_of_operators_of_other_sets(tmp_path):
+    s, x = drawn(["batch", D])
+    value = output(s, s.op("Relu", x, domain="someone.else"), tmp_path)
+    assert (rank(value), features(value)) == (None, None)

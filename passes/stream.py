@@ -66,17 +66,21 @@ class Stream:
         Raises:
             InputError: ONNX Runtime fails, or has no such value.
         """
-        fresh = self._visit(tensors)
+        visited = self._visit(tensors)
+        fresh = [tensor.name for node in visited for tensor in node.outputs
+                 if tensor.name and self._stays(tensor) and fold(tensor) is None]
+        computed = {tensor.name for node in visited for tensor in node.outputs}
+        known = {name: kind for name, kind in self._kept.items() if name not in computed}
         frontier = [name for name in fresh if name not in passing]
         wanted = list(dict.fromkeys([*tensors, *frontier]))
         session = open_session(self._model, provider=self._context.provider, threads=self._context.threads,
-                               outputs=wanted, inputs=self._kept, config=_NO_SPINNING)
+                               outputs=wanted, inputs=known, config=_NO_SPINNING)
         taken = {spec.name for spec in session.inputs}
         kinds = {spec.name: spec.element_type for spec in session.outputs if spec.is_tensor and spec.dtype != object}
         frontier = [name for name in frontier if name in kinds]
         for number, feed in enumerate(self._feeds):
-            given = {name: array for name, array in feed.items() if name in taken and name not in self._kept}
-            given |= {name: self._load(number, name) for name in self._kept if name in taken}
+            given = {name: array for name, array in feed.items() if name in taken and name not in known}
+            given |= {name: self._load(number, name) for name in known if name in taken}
             values = session.run(given, wanted)
             for name in frontier:
                 self._save(number, name, values[name])
@@ -100,8 +104,8 @@ class Stream:
                     for tensor in node.outputs:
                         self._kept.pop(tensor.name, None)
 
-    def _visit(self, names: Sequence[str]) -> list[str]:
-        """The nodes to run for ``names`` are done from now on; what they give that others read."""
+    def _visit(self, names: Sequence[str]) -> list[gs.Node]:
+        """The nodes to run for ``names``, which are done from now on."""
         values = {tensor.name: tensor for node in self._model.graph.nodes for tensor in node.outputs if tensor.name}
         pending = [values[name] for name in names if name in values and name not in self._kept]
         visited: dict[int, gs.Node] = {}
@@ -112,8 +116,13 @@ class Stream:
             visited[id(node)] = node
             pending += [tensor for tensor in reads(node) if tensor.name not in self._kept]
         self._done |= visited
-        return [tensor.name for node in visited.values() for tensor in node.outputs
-                if tensor.name and self._is_read_later(tensor) and fold(tensor) is None]
+        return list(visited.values())
+
+    def _stays(self, tensor: gs.Tensor) -> bool:
+        """Whether later nodes read it, or another output of its node (a norm that gives the sum as well): a rewrite may come to
+        read one where the other is kept, and the node would have to run again."""
+        node = producer(tensor)
+        return any(self._is_read_later(each) for each in (node.outputs if node is not None else [tensor]) if each.name)
 
     def _is_read_later(self, tensor: gs.Tensor) -> bool:
         return any(id(reader) not in self._done for reader in consumers(tensor))
@@ -121,7 +130,7 @@ class Stream:
     def _drop_passed(self) -> None:
         values = {tensor.name: tensor for node in self._model.graph.nodes for tensor in node.outputs if tensor.name}
         for name in list(self._kept):
-            if name not in values or not self._is_read_later(values[name]):
+            if name not in values or not self._stays(values[name]):
                 del self._kept[name]
                 for number in range(len(self._feeds)):
                     self._file(number, name).unlink(missing_ok=True)

@@ -107,6 +107,30 @@ def test_a_block_makes_good_what_the_blocks_before_it_did(tmp_path):
     assert errors["stream"] < 0.9 * errors["block"]
 
 
+def test_a_norm_that_gives_the_sum_as_well(tmp_path):
+    """SkipLayerNormalization hands on the residual stream, too: slimmed, it is what the same model of single nodes is."""
+    written = {}
+    for fused in (True, False):
+        s = Sketch()
+        x = s.input("x", ["batch", "tokens", 8])
+        gamma = s.weight(np.ones(8, np.float32))
+        normed = s.op("LayerNormalization", x, gamma, epsilon=1e-5)
+        for number in range(3):
+            added = s.ffn(normed, activation="gelu")
+            if fused:
+                normed = s.op("SkipLayerNormalization", x, added, gamma, domain="com.microsoft", epsilon=1e-5,
+                              out=[f"normed_{number}", "", "", f"sum_{number}"])
+                x = f"sum_{number}"
+            else:
+                x = s.op("Add", x, added)
+                normed = s.op("LayerNormalization", x, gamma, epsilon=1e-5)
+        s.op("Identity", normed, out=s.output("y"))
+        model, [result] = rewrite(s, tmp_path, "slim-ffn:keep=0.5,multiple=1,affine=false", fit=feeds_of((4, 8, 8), 10, seed=11))
+        assert (result.fired, result.refused) == (3, [])
+        written[fused] = run(model, feeds_of((2, 5, 8))[0])
+    assert drift(written[False], written[True]) < 1e-4
+
+
 def test_the_width_is_rounded_up_to_a_multiple(tmp_path):
     model, _ = rewrite(transformer(1), tmp_path, "slim-ffn:keep=0.4,multiple=8", fit=FIT)
     assert widths(model) == [16]

@@ -22,30 +22,64 @@ _ALIKE = frozenset({
     "Selu", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Softmax",
     "Softplus", "Sqrt", "Tanh"})
 """Operators whose first output has the shape of their first input."""
+_PRODUCTS = ("MatMul", "FusedMatMul")
 _MATRIX = {"MatMul": 0, "FusedMatMul": "transB", "Gemm": "transB", "FusedGemm": "transB"}
 
 
 def rank(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
     """How many axes ``tensor`` has, where the graph or the operators before it say so."""
+    known, node = _stated(tensor), _maker(tensor)
+    if known is not None or node is None or steps == 0:
+        return known
+    if node.op in _BINARY or node.op in _PRODUCTS:
+        ranks = [rank(each, steps - 1) for each in _operands(node)]
+        if None in ranks or (len(ranks) > 1 and node.op in _PRODUCTS and 1 in ranks):
+            return None
+        return max(each for each in ranks if each is not None)
+    return rank(node.inputs[0], steps - 1) if node.op in _ALIKE else None
+
+
+def has_rank(tensor: gs.Tensor, axes: int, steps: int = _STEPS) -> bool:
+    """Whether ``tensor`` surely has ``axes`` axes or more."""
+    known, node = _stated(tensor), _maker(tensor)
+    if known is not None or node is None or steps == 0:
+        return known is not None and known >= axes
+    if node.op in _PRODUCTS:
+        return all(has_rank(each, axes, steps - 1) for each in _operands(node))
+    if node.op in _BINARY:
+        return any(has_rank(each, axes, steps - 1) for each in node.inputs if each.name)
+    return node.op in _ALIKE and has_rank(node.inputs[0], axes, steps - 1)
+
+
+def _stated(tensor: gs.Tensor) -> int | None:
+    """The axes of ``tensor``, told from itself or from its operator alone."""
     if tensor.shape is not None:
         return len(tensor.shape)
-    folded, node = fold(tensor), producer(tensor)
+    folded, node = fold(tensor), _maker(tensor)
     if folded is not None:
         return len(folded.shape)
-    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor or node.domain not in _DOMAINS:
+    if node is None:
         return None
     if node.op == "Transpose" and node.attrs.get("perm"):
         return len(node.attrs["perm"])
     if node.op in ("Gemm", "FusedGemm", "Flatten"):
         return 2
-    if node.op == "Reshape" and len(node.inputs) > 1:
-        return _count(node.inputs[1])
-    if node.op in _BINARY or node.op in ("MatMul", "FusedMatMul"):
-        ranks = [rank(each, steps - 1) for each in node.inputs if each.name]
-        if None in ranks or ("MatMul" in node.op and 1 in ranks):
-            return None
-        return max(each for each in ranks if each is not None)
-    return rank(node.inputs[0], steps - 1) if node.op in _ALIKE else None
+    return _count(node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
+
+
+def _maker(tensor: gs.Tensor) -> gs.Node | None:
+    """The node whose first output ``tensor`` is, of an operator set that is known."""
+    node = producer(tensor)
+    if node is None or not node.inputs or node.outputs[0] is not tensor or node.domain not in _DOMAINS:
+        return None
+    return node
+
+
+def _operands(node: gs.Node) -> list[gs.Tensor]:
+    """What ``node`` has its axes from: not the matrix that a value is multiplied by."""
+    if node.op in _PRODUCTS and (weight := fold(node.inputs[1])) is not None and len(weight.shape) == 2:
+        return [node.inputs[0]]
+    return [each for each in node.inputs if each.name]
 
 
 def _count(shape: gs.Tensor) -> int | None:
@@ -71,10 +105,10 @@ def features(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
         last = tensor.shape[-1] if len(tensor.shape) else None
         if isinstance(last, int) and last >= 0:
             return int(last)
-    folded, node = fold(tensor), producer(tensor)
+    folded, node = fold(tensor), _maker(tensor)
     if folded is not None:
         return folded.shape[-1] if folded.shape else None
-    if node is None or steps == 0 or not node.inputs or node.outputs[0] is not tensor or node.domain not in _DOMAINS:
+    if node is None or steps == 0:
         return None
     if node.op in _MATRIX and len(node.inputs) > 1:
         weight, turned = fold(node.inputs[1]), _MATRIX[node.op]
@@ -87,16 +121,12 @@ def features(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
         target = fold(node.inputs[1])
         last = int(target.load().reshape(-1)[-1]) if target is not None and 0 < target.size < 16 else 0
         return last if last > 0 else None
-    if node.op in _BINARY:  # one of them is the result's, unless it is 1
-        known = [features(each, steps - 1) for each in node.inputs if each.name]
-        wide = next((each for each in known if each is not None and each > 1), None)
-        return wide if wide is not None or None in known else next(iter(known), None)
+    if node.op in _BINARY:  # the result's is that of one of them, unless that is 1
+        known = (features(each, steps - 1) for each in sorted(_operands(node), key=lambda each: fold(each) is None))
+        return next((each for each in known if each is not None and each > 1), None)
     return features(node.inputs[0], steps - 1) if node.op in _ALIKE else None
 
 
 def keeps_rank(x: gs.Tensor, shape: Sequence[int]) -> bool:
     """Whether ``x`` (of one axis or more) surely has as many axes as it has with a constant of ``shape`` added."""
-    if len(shape) <= 1:
-        return True
-    axes = rank(x)
-    return axes is not None and len(shape) <= axes
+    return len(shape) <= 1 or has_rank(x, len(shape))

@@ -32,9 +32,19 @@ def test_a_product_has_the_axes_of_what_is_multiplied(tmp_path, shape, axes):
     assert keeps_rank(value, (WIDE,))
 
 
-def test_a_product_with_a_vector_has_unknown_axes(tmp_path):
+def test_a_product_of_a_vector(tmp_path):
     s, x = drawn([D])
-    assert rank(output(s, s.op("MatMul", x, s.weight(s.numbers(D, WIDE))), tmp_path)) is None
+    assert rank(output(s, s.op("MatMul", x, s.weight(s.numbers(D, WIDE))), tmp_path)) == 1
+    s, x = drawn([D])
+    assert rank(output(s, s.op("MatMul", x, s.input("other", [D, "columns"])), tmp_path)) is None
+
+
+def test_a_sum_has_no_fewer_axes_than_what_is_added(tmp_path):
+    s, x = drawn(None)
+    value = output(s, s.norm(s.op("Add", x, s.op("Relu", s.input("other", ["batch", "tokens", D]))), D), tmp_path)
+    assert rank(value) is None
+    assert keeps_rank(value, (1, 1, D))
+    assert not keeps_rank(value, (1, 1, 1, D))
 
 
 def test_a_wide_operand_gives_the_width_and_a_narrow_one_does_not(tmp_path):

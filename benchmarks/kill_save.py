@@ -3,10 +3,11 @@
     python benchmarks/kill_save.py [--folder DIR] [--moments 200] [--megabytes 40] [--seed 0] [--json FILE]
 
 Each time a process loads a model and saves it, and is killed at a moment drawn from the time that takes (two in three from
-its last third, in which files get their names and old ones are removed). Then the model is read by the onnx package and
-compared, number for number, with the old one and the new one; and a second save, left alone, must leave nothing in the
-folder but the model and its data file. Half of the saves go to the input itself, half elsewhere over an older model; half
-have their weights inside, half in a data file, of which half have a name that some other tool gave it.
+its last third, in which files get their names and old ones are removed). That time is estimated anew after each: longer
+where the old model was still there, shorter where the save was done before, which does not count. Then the model is read by
+the onnx package and compared, number for number, with the old one and the new one; and a second save, left alone, must leave
+nothing in the folder but the model and its data file. Half of the saves go to the input itself, half elsewhere over an older
+model; half have their weights inside, half in a data file, of which half have a name that some other tool gave it.
 
 Exit code 1 if a model was lost or a file left behind.
 """
@@ -51,15 +52,16 @@ def main() -> int:
         folder = Path(name)
         sources = {form: make(folder / form.replace(" ", ""), arguments.megabytes, form) for form in {form for _, form in CASES}}
         seconds = {case: statistics.median(duration(*case, sources, folder / "run") for _ in range(5)) for case in set(CASES)}
-        for moment in range(arguments.moments):
+        while (moment := sum(counts.values())) - counts["finished"] < arguments.moments:
             case = CASES[moment % len(CASES)]
             outcome = kill(*case, sources, folder / "run", seconds[case] * chance.uniform(0.7 if moment % 3 else 0, 1.05))
             counts[outcome] += 1
+            seconds[case] *= {"old": 1.02, "finished": 0.95}.get(outcome, 1)
             if outcome not in ("old", "new", "finished"):
                 print(f"moment {moment} ({case[0]}, {case[1]}): {outcome}")
     lost = sum(count for outcome, count in counts.items() if outcome not in ("old", "new", "finished"))
     print(f"{arguments.moments} saves killed: {counts['old']} left the old model, {counts['new']} the new one, "
-          f"{counts['finished']} were done before; {lost} lost a model or left a file behind")
+          f"{counts['finished']} more were done before; {lost} lost a model or left a file behind")
     arguments.json.parent.mkdir(exist_ok=True)
     arguments.json.write_text(json.dumps({"moments": arguments.moments, "seed": arguments.seed, **counts, "lost": lost}) + "\n")
     return 1 if lost else 0

@@ -127,6 +127,7 @@ def features(tensor: gs.Tensor, steps: int = _STEPS) -> int | None:
     return features(node.inputs[0], steps - 1) if node.op in _ALIKE else None
 
 
-def keeps_rank(x: gs.Tensor, shape: Sequence[int]) -> bool:
-    """Whether ``x`` (of one axis or more) surely has as many axes as it has with a constant of ``shape`` added."""
-    return len(shape) <= 1 or has_rank(x, len(shape))
+def keeps_rank(x: gs.Tensor, shape: Sequence[int], total: gs.Tensor | None = None) -> bool:
+    """Whether ``x`` (of one axis or more) surely has as many axes as ``total``, which is x with a constant of ``shape`` added."""
+    stated = total.shape if total is not None else None
+    return len(shape) <= 1 or (stated is not None and len(stated) > len(shape)) or has_rank(x, len(shape))

@@ -326,7 +326,7 @@ def _absorb_bias(linear: Linear) -> None:
     bias = _vector(other, linear.d_out) if other is not linear.output else None
     folded = fold(other)
     if bias is None or folded is None or folded.shape[-1:] != (linear.d_out,) or any(
-            dim != 1 for dim in folded.shape[:-1]) or not keeps_rank(linear.output, folded.shape):
+            dim != 1 for dim in folded.shape[:-1]) or not keeps_rank(linear.output, folded.shape, add.outputs[0]):
         return
     linear.bias = bias
     linear.nodes.append(add)

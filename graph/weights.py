@@ -191,7 +191,8 @@ class ComputedValues(Values):
 
     def load(self) -> Array:
         """A fresh array, computed."""
-        array = np.asarray(self._compute())
+        with np.errstate(invalid="ignore"):  # of weights that hold NaN
+            array = np.asarray(self._compute())
         if array.shape != self.shape:
             raise ValueError(f"computed {array.shape}, declared {self.shape}")
         return np.ascontiguousarray(self._typed(array))
@@ -205,7 +206,8 @@ class ComputedValues(Values):
         """Rows ``start`` to ``stop``, computed."""
         if self._rows is None:
             return super().rows(start, stop)
-        return self._typed(np.asarray(self._rows(start, stop)))
+        with np.errstate(invalid="ignore"):
+            return self._typed(np.asarray(self._rows(start, stop)))
 
     def tiles(self, max_bytes: int = _TILE) -> Iterator[bytes | memoryview]:
         """The bytes, computed a group of rows at a time where that is possible."""
@@ -214,8 +216,7 @@ class ComputedValues(Values):
             return
         step = max(1, max_bytes // max(1, self.nbytes // self.shape[0]))
         for start in range(0, self.shape[0], step):
-            part = np.asarray(self._rows(start, min(start + step, self.shape[0])))
-            yield _stored_bytes(np.ascontiguousarray(self._typed(part)))
+            yield _stored_bytes(np.ascontiguousarray(self.rows(start, min(start + step, self.shape[0]))))
 
     def _typed(self, array: Array) -> Array:
         """``array`` in the element type. Raises InputError where a finite number would become infinite."""

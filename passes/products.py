@@ -88,6 +88,7 @@ class Weight:
         for start in range(0, self.stored.shape[0], step):
             yield start, self.stored.rows(start, min(start + step, self.stored.shape[0]))
 
+    @np.errstate(invalid="ignore")  # of weights that hold NaN
     def after(self, left: Array) -> Array:
         """``v W`` ``[d_out]`` for v ``[d_in]``, or ``M W`` ``[rows, d_out]`` for M ``[rows, d_in]``, in float64."""
         if self.stored is None:

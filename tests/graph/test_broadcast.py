@@ -73,3 +73,13 @@ def test_nothing_is_known_of_operators_of_other_sets(tmp_path):
     s, x = drawn(["batch", D])
     value = output(s, s.op("Relu", x, domain="someone.else"), tmp_path)
     assert (rank(value), features(value)) == (None, None)
+
+
+@pytest.mark.parametrize(("stated", "keeps"), [(["batch", "tokens", D], True), (["batch", D], False), (None, False)])
+def test_a_sum_of_more_axes_than_the_constant_has_them_from_the_other_operand(tmp_path, stated, keeps):
+    s, x = drawn(None)
+    total = s.op("Add", x, s.weight(s.numbers(1, D)))
+    if stated:
+        s.info(total, stated)
+    value = output(s, total, tmp_path)
+    assert keeps_rank(value.inputs[0].inputs[0], (1, D), value) == keeps

@@ -109,6 +109,8 @@ class _Reader:
     def _outside(self, tensor: onnx.TensorProto) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         where = f"external data of tensor '{tensor.name}'"
+        if any(not isinstance(text, str) for entry in entries.items() for text in entry):  # what protobuf gives for other bytes
+            raise InputError(f"{where} is not written in UTF-8: export the model again")
         if "location" not in entries:
             raise InputError(f"{where} names no file: export the model again")
         location = entries["location"]

@@ -232,6 +232,16 @@ def test_external_data_that_is_absolute_climbs_out_or_is_a_link_out(refused, tmp
     refused(path)
 
 
+@pytest.mark.parametrize("text", ["weights.bin", "location", "64"])
+def test_external_data_in_bytes_that_are_no_text(refused, tmp_path, text):
+    path = outside(tmp_path / "model" / "m.onnx", location="weights.bin", offset="0", length="64")
+    (path.parent / "weights.bin").write_bytes(bytes(64))
+    data, field = path.read_bytes(), bytes([len(text)]) + text.encode()
+    assert data.count(field) == 1
+    path.write_bytes(data.replace(field, field[:-1] + b"\x80"))
+    refused(path)
+
+
 @pytest.mark.parametrize(("offset", "length"), [
     ("1", "64"), ("64", "64"), (str(1 << 62), "64"), (str((1 << 63) - 1), "64"), ("0", "65"), ("0", str(1 << 63)), ("-1", "64"),
     ("0x10", "64"), ("", ""), ("0", "9" * 400), ("١", "64")])

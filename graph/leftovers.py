@@ -55,7 +55,7 @@ def data_files(path: Path) -> set[str]:
         return set()
     parts: dict[str, dict[tuple[str, str], int]] = {}
     for tensor, _ in tensors(proto):
-        entries = {entry.key: entry.value for entry in tensor.external_data}
+        entries = {entry.key: entry.value for entry in tensor.external_data if isinstance(entry.value, str)}
         place = Path(os.path.normpath(entries.get("location", "..")))
         if "\0" in entries.get("location", "") or len(place.parts) != 1 or place.name in ("", "..", path.name):
             continue

@@ -218,6 +218,15 @@ def test_a_file_that_is_hardly_weights_stays(tmp_path):
     assert set(contents(tmp_path)) == {"m.onnx", "thesis.pdf"}
 
 
+def test_an_old_model_whose_data_lies_at_no_text_is_written_over(tmp_path):
+    path = saved(transformer(2, 32, 128).model(), tmp_path / "m.onnx")
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    path.write_bytes(path.read_bytes().replace(b"weights.bin", b"weights.bi\xff"))
+    proto = transformer(2, 32, 128, seed=5).model()
+    Model.load(saved(proto, tmp_path / "n.onnx")).save(path)
+    assert loaded(path) == proto
+
+
 def test_the_data_file_of_the_old_model_stays_where_another_model_names_it(tmp_path):
     path = saved(transformer(2, 32, 128).model(), tmp_path / "m.onnx")
     onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)

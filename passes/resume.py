@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from .. import __version__
 from ..graph.errors import InputError
 from ..runtime import Feeds, Scatter
+from ..runtime.onnx_runtime import onnx_runtime
 
 
 class Resume:
@@ -37,7 +37,7 @@ class Resume:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object], feeds: Sequence[Feeds]) -> None:
-        digest = hashlib.sha256(repr((__version__, onnxruntime.__version__, np.__version__, sorted(identity.items()))).encode())
+        digest = hashlib.sha256(repr((__version__, onnx_runtime().__version__, np.__version__, sorted(identity.items()))).encode())
         for sequence in feeds:
             for feed in sequence:
                 _hash(digest, feed)

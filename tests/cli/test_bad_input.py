@@ -122,7 +122,7 @@ def test_a_model_that_cannot_be_timed(refused_and_unchanged, folder, model, kind
     ("remove-ffn:count=1,fraction=0.5", "not both"),
     ("remove-ffn:fraction=2", "between 0 and 1"),
     ("remove-ffn:fraction=nan", "fraction=nan"),
-    ("linearize-ffn:fit=spline", "choose one of affine, neuron"),
+    ("linearize-ffn:fit=spline", "choose one of affine, stein, neuron"),
 ])
 def test_a_pass_that_cannot_be_run(refused_and_unchanged, model, feeds, text, said):
     assert said in refused_and_unchanged("optimize", model, "-o", "out.onnx", "-p", text, "--data", feeds)

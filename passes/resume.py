@@ -37,7 +37,8 @@ class Resume:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object], feeds: Sequence[Feeds]) -> None:
-        digest = hashlib.sha256(repr((__version__, onnx_runtime().__version__, np.__version__, sorted(identity.items()))).encode())
+        versions = __version__, onnx_runtime().__version__, np.__version__
+        digest = hashlib.sha256(repr((*versions, sorted(identity.items()))).encode())
         for sequence in feeds:
             for feed in sequence:
                 _hash(digest, feed)

@@ -235,7 +235,7 @@ class Walker:
                   if leaf.linear.fused_activation is None}
         for node in region.steps:
             if node.op in ALIASES or node.op == "Transpose":
-                if id(node.inputs[0]) in starts and len(node.inputs[0].outputs) == 1:
+                if node.inputs and id(node.inputs[0]) in starts and len(node.inputs[0].outputs) == 1:
                     starts[id(node.outputs[0])] = starts[id(node.inputs[0])]
                 continue
             if node.op != "Add" and node.op not in CONTRIB_WITH_BIAS:

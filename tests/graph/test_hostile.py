@@ -20,6 +20,8 @@ import pytest
 from click.testing import CliRunner
 from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
+from ffnfold.graph.ffn import find_ffn_blocks
+from ffnfold.graph.model import Model
 from ffnfold.graph.wire import encode_header, encode_varint
 from onnx import ModelProto, TensorProto, helper
 
@@ -401,3 +403,19 @@ def test_the_output_is_the_input(tmp_path, form):
     subprocess.run([*command, str(output)], check=True, capture_output=True)
     assert onnx.load(output).graph == expected
     assert len(onnx.load(path).graph.node) == len(expected.node)  # and the input, where the output is a link to it
+
+
+def test_a_node_of_another_domain_that_reads_nothing(tmp_path):
+    """It has the name of an operator that passes features on, and no input to take them from."""
+    s = Sketch()
+    x = s.input("x", [None, 4])
+    hidden = s.op("Relu", s.op("MatMul", x, s.weight(np.ones((4, 4), np.float32))))
+    y = s.op("MatMul", hidden, s.weight(np.ones((4, 4), np.float32)))
+    s.op("Add", x, y, out=s.output("y"))
+    model = s.model()
+    product = model.graph.node[0]
+    product.op_type, product.domain = "Transpose", "x"
+    del product.input[:]
+    model.opset_import.add(domain="x", version=1)
+    path = written(tmp_path / "m.onnx", model)
+    assert not list(find_ffn_blocks(Model.load(path)))

@@ -28,6 +28,7 @@ class LinearGroup:
         down: they read what an activation gives.
         lowest: no number they read lies below −lowest; None where nothing is known.
         smoothed: large channels were taken out of what they read.
+        loud: one scale for all rows of what they read would cost a row too much; None where nothing was measured.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LinearGroup:
     down: bool = False
     lowest: float | None = None
     smoothed: bool = False
+    loud: bool | None = None
 
     @property
     def input(self) -> gs.Tensor:

@@ -35,8 +35,9 @@ class QuantizeFFN(BlockPass):
         x W = r · ((x / r) W),  r = max |x| of each row     tokens (``row_scale``): vector-wise quantization, arXiv 2208.07339
 
     both exact algebra. ``smooth=norm`` knows the channels of a post-LN residual stream from the scale and shift of its
-    LayerNorm, without any input; ``smooth=feeds`` measures them everywhere. ``row_scale=auto`` spends rows where channels were
-    not smoothed, and on the down projections: behind an ungated activation that never falls far below zero r = max(max h,
+    LayerNorm, without any input; ``smooth=feeds`` measures them everywhere. ``row_scale=auto`` spends rows where the feeds show
+    that one scale for the tensor would cost a row more than 5 % of its signal; without feeds where channels were not smoothed,
+    and on the down projections: behind an ungated activation that never falls far below zero r = max(max h,
     floor) needs no |h|, and as x / r lies in a known range, its quantization is a constant and needs no search for the largest
     and smallest number. Linears that read the same value share one quantization.
 

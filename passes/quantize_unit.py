@@ -14,6 +14,7 @@ from .input_statistics import InputStatistics, input_statistics
 from .integer_weight import IntegerWeight, integer_weight
 from .linear_groups import LinearGroup
 from .nbits import quantize_nbits
+from .row_choice import measure_rows
 from .smooth import can_divide_hidden, counterweights, factors, smooth
 from .weight_codes import Rounding
 from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, is_matrix, stored_weight
@@ -88,6 +89,8 @@ def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: C
                 scale = counterweights(group)
             if scale is not None:
                 unit.smoothed.append(smooth(model, group, scale))
+    if recipe.smooth == "feeds" and recipe.form == "dynamic" and recipe.rows == "auto":
+        measure_rows(model, groups, context)
 
 
 def quantize_units(model: Model, units: Sequence[Unit], recipe: Recipe,
@@ -143,8 +146,7 @@ def _quantize(model: Model, unit: Unit, recipe: Recipe, statistics: Mapping[int,
     for group, found in zip(unit.groups, weights, strict=True):
         build = Builder(model, group.graph, group.name, group.onnx_type)
         if recipe.form == "dynamic":
-            rows = recipe.rows == "true" or (recipe.rows == "auto" and (group.down or not group.smoothed))
-            quantize_group(model, group, found, rows)
+            quantize_group(model, group, found, _by_rows(group, recipe))
             continue
         for linear, weight in zip(group.linears, found, strict=True):
             if recipe.form == "nbits":
@@ -152,6 +154,13 @@ def _quantize(model: Model, unit: Unit, recipe: Recipe, statistics: Mapping[int,
             else:
                 dequantize_matrix(build, linear, weight)
     return None
+
+
+def _by_rows(group: LinearGroup, recipe: Recipe) -> bool:
+    """Whether each row gets a scale of its own."""
+    if recipe.rows != "auto":
+        return recipe.rows == "true"
+    return group.loud if group.loud is not None else group.down or not group.smoothed
 
 
 def _quantize_stored(model: Model, unit: Unit, recipe: Recipe) -> Refused | None:

@@ -34,6 +34,8 @@ def test_there_is_an_example_of_every_pass():
 @pytest.mark.cuda
 @pytest.mark.parametrize("text", [text for name in PASSES for text in EXAMPLES.get(name, [])])
 def test_a_pass_on_cuda(tmp_path, provider, dtype, text):
+    if provider == "cpu" and "bfloat16" in text:
+        pytest.skip("ONNX Runtime has no bfloat16 kernels on the CPU")
     path = everything(dtype).save(tmp_path / "model.onnx")
     model = Model.load(path)
     feeds = load_feeds(write_x(tmp_path / "feeds", 40, dtype), input_specs(model))

@@ -17,6 +17,7 @@ from ffnfold.graph.nbits import dequantize_nbits, pack_nbits
 from ffnfold.passes import form_choice, quantize_ffn
 from ffnfold.passes.base import PassResult
 from ffnfold.passes.plan import Plan
+from ffnfold.passes.row_choice import row_noise
 from ffnfold.passes.runner import run_plan
 from ffnfold.passes.weight_codes import Rounding
 from ffnfold.runtime import Feeds
@@ -141,6 +142,31 @@ def test_an_outlier_token_ruins_a_tensor_and_not_a_row(tmp_path):
     by_tensor = drift(others, {name: value[:, 1:] for name, value in run(model, feed).items()})
     assert by_row < 0.02
     assert by_tensor > 10 * by_row
+
+
+def test_feeds_tell_which_activations_need_rows(tmp_path):
+    s = transformer(2, D, FF, activation="gelu")
+    loud = X["x"].copy()
+    loud[0, 0] *= 1e3
+    s_loud = Sketch()  # no norm: an outlier token reaches the products as it is
+    x = s_loud.input("x", ["batch", "tokens", D])
+    s_loud.op("Add", x, s_loud.ffn(x, D, FF, activation="gelu"), out=s_loud.output("y", ["batch", "tokens", D]))
+    for sketch, feed, rows in ((s, X["x"], 0), (s_loud, loud, 2)):
+        model, _ = quantize(sketch, tmp_path, "smooth=feeds", Feeds.of([{"x": feed}]))
+        assert ops(model).count("ReduceMax") == rows
+        assert ops(model).count("DynamicQuantizeLinear") == (4 if rows == 0 else 0)
+    model, _ = quantize(s, tmp_path, "smooth=feeds,row_scale=true", Feeds.of([X]))
+    assert ops(model).count("ReduceMax") == 4, "what the caller says is done, whatever was measured"
+
+
+def test_the_noise_of_one_scale_is_what_rounding_to_it_costs_each_row():
+    x = np.abs(RANDOM.normal(size=(40, 3000))) * np.geomspace(1, 30, 40)[:, None]
+    for rows in (x, x * np.sign(RANDOM.normal(size=x.shape))):
+        step = (rows.max() - min(rows.min(), 0)) / 255
+        measured = np.sqrt(((np.rint(rows / step) * step - rows) ** 2).mean(axis=1) / (rows ** 2).mean(axis=1))
+        np.testing.assert_allclose(row_noise(rows), measured, rtol=0.2)
+    assert row_noise(np.zeros((3, 8))).tolist() == [0, 0, 0], "a row of zeros loses nothing"
+    assert row_noise(np.array([[1e9, 1], [1e-9, 1e-9]]))[1] == 1, "no row loses more than all of it"
 
 
 def test_rows_of_zeros(tmp_path):

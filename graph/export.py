@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from .sort import topological
-from .view import Opaque, signature
+from .view import Opaque, operator_name, signature
 from .weights import Values, tensor_proto
 
 
@@ -68,11 +68,11 @@ class Exporter:
         origin = getattr(node, "origin", None)
         if origin is not None and origin.signature == signature(node) and not any(changed for _, changed in inner.values()):
             return origin.proto, False
-        proto = onnx.NodeProto(op_type=node.op, name=node.name, domain=node.domain or "")
+        proto = onnx.NodeProto(op_type=operator_name(node), name=node.name, domain=node.domain or "")
         before: dict[str, onnx.AttributeProto] = {}
         if origin is not None:
             proto.CopyFrom(origin.proto)
-            proto.op_type, proto.name, proto.domain = node.op, node.name, node.domain or ""
+            proto.op_type, proto.name, proto.domain = operator_name(node), node.name, node.domain or ""
             before = {attribute.name: attribute for attribute in origin.proto.attribute}
             for field in ("input", "output", "attribute"):
                 proto.ClearField(field)

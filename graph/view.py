@@ -18,6 +18,9 @@ from .scope import free_names
 from .weights import Values, values_of
 
 Signature = tuple[Any, ...]
+_OF_BOTH = frozenset({"Attention", "DequantizeLinear", "GatherND", "Gelu", "GridSample", "Pad", "QuantizeLinear", "Range",
+                      "RotaryEmbedding", "SwiGLU", "Trilu", "Unique"})
+"""Operators that ONNX Runtime has beside the standard ones of the same name (ContribOperators.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,23 @@ def signature(node: gs.Node) -> Signature:
                        for key, value in node.attrs.items())
     return (node.op, node.domain, node.name, tuple(t.name for t in node.inputs), tuple(t.name for t in node.outputs),
             attributes)
+
+
+def _operator(proto: onnx.NodeProto) -> str:
+    """What the view calls the operator of a node: ``DOMAIN::NAME`` where another set has one of a standard operator's name.
+
+    So nothing that looks for a Reshape, say, takes somebody else's Reshape, of which nothing is known, for one.
+    """
+    domain, name = proto.domain, proto.op_type
+    if domain in ("", "ai.onnx") or not onnx.defs.has(name) or (domain == "com.microsoft" and name in _OF_BOTH):
+        return name
+    return f"{domain}::{name}"
+
+
+def operator_name(node: gs.Node) -> str:
+    """The ``op_type`` of a node of the view."""
+    name: str = node.op
+    return name.removeprefix(f"{node.domain}::") if node.domain else name
 
 
 def _identity(value: Any) -> Any:
@@ -97,7 +117,7 @@ class Importer:
 
     def _node(self, proto: onnx.NodeProto, resolve: _Resolver) -> gs.Node:
         attrs = {attribute.name: self._attribute(attribute, resolve) for attribute in proto.attribute}
-        node = gs.Node(op=proto.op_type, name=proto.name, attrs=attrs, domain=proto.domain or None,
+        node = gs.Node(op=_operator(proto), name=proto.name, attrs=attrs, domain=proto.domain or None,
                        inputs=[resolve(name) for name in proto.input],
                        outputs=[resolve(name) for name in proto.output])
         node.origin = Origin(proto, signature(node))

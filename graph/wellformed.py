@@ -18,7 +18,7 @@ _LONGEST_NAME = 1 << 16  # characters
 _NEWEST = 1000  # more than any operator set has
 _MICROSOFT = {"FusedMatMul": 2, "FusedGemm": 2, "FusedConv": 2, "MatMulNBits": 3, "DynamicQuantizeMatMul": 3,
               "MatMulIntegerToFloat": 4, "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3, "Gelu": 1,
-              "BiasGelu": 2, "FastGelu": 1, "QuickGelu": 1}
+              "BiasGelu": 2, "FastGelu": 1, "QuickGelu": 1, "QuantizeLinear": 2, "DequantizeLinear": 2, "GatherND": 2}
 """Inputs that operators of ONNX Runtime need (ContribOperators.md); the onnx package does not know them."""
 _MICROSOFT_TYPES = {**dict.fromkeys(("alpha", "beta", "epsilon"), _KIND.FLOAT), "activation": _KIND.STRING,
                     **dict.fromkeys(("K", "N", "bits", "block_size", "accuracy_level", "axis", "transA", "transB", "transBatchA",

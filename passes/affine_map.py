@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
@@ -56,6 +55,8 @@ def fit_map(block: FFNBlock, evidence: Evidence) -> NeuronFit | Refused:
 
 def reduce_rank(fit: NeuronFit, evidence: Evidence, rank: int) -> tuple[Array, Array, Array]:
     """U ``[d_model, rank]``, V ``[rank, d_out]`` and c ``[d_out]`` of the best map of rank ``rank``."""
+    from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
+
     matrix = fit.affine
     assert matrix is not None
     inputs, outputs = matrix.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 
 from .weight_codes import Array, Rounding
 
@@ -55,14 +54,16 @@ def compensated_codes(weight: Array, scales: Array, gram: Array, rounding: Round
 
 def _inverse_factor(moments: Array, average: float) -> Array:
     """Upper U with ``UᵀU = (H + λI)⁻¹``, λ raised until there is one. Inputs that are always 0 get ``H[i, i] = 1``."""
+    from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
+
     dead = np.diag(moments) <= 0
     moments[dead, dead] = 1.0
     damping = _DAMPING * (average if average > 0 else 1.0)
     for _ in range(8):
         try:
-            lower = scipy.linalg.cholesky(moments + damping * np.eye(len(moments)), lower=True)
-            inverse = scipy.linalg.cho_solve((lower, True), np.eye(len(moments)))
-            factor: Array = scipy.linalg.cholesky(inverse, lower=False)
+            lower = linalg.cholesky(moments + damping * np.eye(len(moments)), lower=True)
+            inverse = linalg.cho_solve((lower, True), np.eye(len(moments)))
+            factor: Array = linalg.cholesky(inverse, lower=False)
             return factor
         except np.linalg.LinAlgError:
             damping *= 10

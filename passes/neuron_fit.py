@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 
 from ..runtime import Scatter
 
@@ -72,6 +71,8 @@ class Features:
 
     def solve(self, neurons: Indices, ridge: float) -> Array:
         """The map ``[inputs + len(neurons), d_out]`` of the features kept."""
+        from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
+
         kept = self.chosen(neurons)
         penalty = ridge * self.penalty(kept)
         right = self.ft[kept] + penalty[:, None] * self.prior[kept]

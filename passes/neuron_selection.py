@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 
 from .neuron_fit import Features
 
@@ -76,6 +75,8 @@ def elimination(features: Features, counts: list[int], ridge: float) -> dict[int
     Returns:
         count → the neurons left, ascending, and how much E‖t − ŷ‖² grew by so far (at fixed λ).
     """
+    from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
+
     everything = np.arange(len(features.prior))
     penalty = ridge * features.penalty(everything)
     inverse = linalg.inv(features.ff + np.diag(penalty), check_finite=False)

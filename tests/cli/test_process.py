@@ -49,6 +49,14 @@ def test_looking_at_a_graph_does_not_import_onnx_runtime(folder, model, code):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_exact_passes_do_not_import_scipy(folder, model):
+    code = ("from ffnfold.passes.optimize import Job, optimize_file; from ffnfold.passes.plan import EXACT_PLAN, Plan; "
+            f"from pathlib import Path; optimize_file(Job(Path({str(model)!r}), Path('out.onnx'), Plan.parse(EXACT_PLAN), "
+            "verify=False)); import sys; sys.exit(' '.join({'scipy', 'torch', 'pandas'} & set(sys.modules)) or None)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS), ["models", "list"], ["models", "get"]])
 def test_every_command_explains_itself(cli, command):
     outcome = cli(*command, "--help")

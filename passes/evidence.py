@@ -28,6 +28,7 @@ from .base import Context
 from .bypass import is_pure_branch
 from .stream import Stream
 from .token_weights import has_branch_norm, token_weights, weight_values
+from .varied_feeds import varied
 
 Array = npt.NDArray[Any]
 Target = Literal["stream", "block", "own"]
@@ -40,36 +41,42 @@ class Evidence:
 
     Attributes:
         fit, held_out: over tokens to fit on, and over others that choose.
+        beside: over varied copies of the tokens held out, which therefore choose nothing.
     """
 
     fit: Scatter
     held_out: Scatter
+    beside: Scatter
 
     @property
     def rows(self) -> int:
         """Tokens seen."""
-        return self.fit.rows + self.held_out.rows
+        return self.fit.rows + self.held_out.rows + self.beside.rows
 
     def everything(self) -> Scatter:
-        """Both together."""
-        both = Scatter()
-        both.merge(self.fit)
-        both.merge(self.held_out)
-        return both
+        """All together."""
+        together = Scatter()
+        for part in (self.fit, self.held_out, self.beside):
+            together.merge(part)
+        return together
 
 
 class Streams:
     """The model as it is being rewritten and the model as it was, gone through side by side, block after block.
 
     A context manager. Blocks must be asked for in order of execution.
+
+    Args:
+        vary: varied copies of the feeds to go through beside them (see :mod:`varied_feeds`).
     """
 
-    def __init__(self, model: Model, context: Context) -> None:
+    def __init__(self, model: Model, context: Context, vary: int = 0) -> None:
         assert context.fit is not None
-        self._feeds = context.fit
+        feeds = varied(model, context.fit, vary)
+        self._real = len(context.fit)
         self._resume = context.resume
-        self._now = Stream(model, context.fit, context)
-        self._original = Stream(model.copy(), context.fit, context)
+        self._now = Stream(model, feeds, context)
+        self._original = Stream(model.copy(), feeds, context)
 
     def __enter__(self) -> Streams:
         return self
@@ -89,22 +96,23 @@ class Streams:
             inputs, neurons: which features to take moments of.
             weight: how tokens are weighted (see :mod:`token_weights`).
         """
-        kept = None if self._resume is None else self._resume.load(2)
-        found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter())
-        few = len(self._feeds) < HELD_OUT
+        kept = None if self._resume is None else self._resume.load(3)
+        found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter(), Scatter())
+        few = self._real < HELD_OUT
         for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target)):
             if kept:
                 continue
             good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
             for group in features:
                 good &= np.isfinite(group).all(axis=1)
-            position = np.arange(len(y)) if few else np.full(len(y), number)
+            position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
             held = position % HELD_OUT == HELD_OUT - 1
-            for moments, chosen in ((found.fit, good & ~held), (found.held_out, good & held)):
+            choosing = found.held_out if number < self._real else found.beside
+            for moments, chosen in ((found.fit, good & ~held), (choosing, good & held)):
                 if chosen.any():
                     moments.update(*(group[chosen] for group in features), t[chosen], weights=weights[chosen])
         if self._resume is not None and not kept:
-            self._resume.save(found.fit, found.held_out)
+            self._resume.save(found.fit, found.held_out, found.beside)
         return found
 
     def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str,

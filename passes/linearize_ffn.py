@@ -60,12 +60,15 @@ class LinearizeFFN(BlockPass):
         "help": "one map, one map from few tokens, or a line for each neuron"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
+    vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
 
     coverage: float = field(default=1.0, metadata={"help": "of fit=neuron: part of the tokens that a line is fitted to"})
     spread: Literal["uniform", "sensitivity"] = field(default="sensitivity", metadata={
         "help": "how coverage differs over blocks and neurons"})
 
     def __post_init__(self) -> None:
+        if self.vary < 0:
+            raise ValueError(f"vary={self.vary}: copies cannot be fewer than none")
         if not LEVELS[0] <= self.coverage <= 1:
             raise ValueError(f"coverage={self.coverage} must be from {LEVELS[0]:g} to 1")
         if self.coverage != 1 and self.fit != "neuron":
@@ -90,7 +93,7 @@ class LinearizeFFN(BlockPass):
         if self.fit == "neuron":
             parts = self._coverage(model, context) if self.coverage < 1 and self.spread == "sensitivity" else {}
             return super().run(model, dataclasses.replace(context, memo={**context.memo, _COVERAGE: parts}))
-        with Streams(model, context) as streams:
+        with Streams(model, context, self.vary) as streams:
             return super().run(model, dataclasses.replace(context, streams=streams))
 
     def _coverage(self, model: Model, context: Context) -> dict[str, Array]:

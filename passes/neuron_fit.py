@@ -23,7 +23,8 @@ from ..runtime import Scatter
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
-_RIDGES = tuple(10.0 ** exponent for exponent in (-5, -4, -3, -2, -1.5, -1, 0))
+_RIDGES = tuple(10.0 ** exponent for exponent in (-5, -4, -3, -2, -1.5, -1, -0.5, 0))
+_AS_GOOD = 0.01  # an error larger than the smallest by so much of it is as good
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,11 @@ class NeuronFit:
 
 
 def choose_ridge(fit: Features, held_out: Features | None, neurons: Indices) -> tuple[float, float]:
-    """λ with the smallest error on tokens held out, and that error as a part of the variance of the target there."""
+    """The largest λ whose error on tokens held out is as good as the smallest, and that error as a part of the target's variance.
+
+    Tokens of a sentence err together, so there are fewer observations than tokens: a fit that is too free shows that little in
+    the error of single tokens, and much in what a model makes of all of them.
+    """
     if held_out is None:
         return 1e-3, fit.error(neurons, fit.solve(neurons, 1e-3)) / max(fit.tt, 1e-30)
     kept = fit.chosen(neurons)
@@ -117,7 +122,8 @@ def choose_ridge(fit: Features, held_out: Features | None, neurons: Indices) -> 
     for ridge in _RIDGES:
         matrix = fit.solve(neurons, ridge)
         errors[ridge] = held_out.error(neurons, matrix, fit.mean_t - fit.mean_f[kept] @ matrix)
-    best = min(errors, key=lambda ridge: errors[ridge])
+    least = min(errors.values())
+    best = max(ridge for ridge, error in errors.items() if error <= least + _AS_GOOD * max(least, 0.0))
     return best, errors[best] / max(held_out.tt, 1e-30)
 
 

@@ -59,10 +59,13 @@ class SlimFFN(BlockPass):
     refit: Literal["none", "bias", "ridge"] = field(default="ridge", metadata={"help": "what is fitted"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what is fitted to"})
+    vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
     spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how widths differ over blocks"})
     multiple: int = field(default=32, metadata={"help": "widths are rounded up to a multiple of this"})
 
     def __post_init__(self) -> None:
+        if self.vary < 0:
+            raise ValueError(f"vary={self.vary}: copies cannot be fewer than none")
         if not self.keep > 0 and not (self.keep == 0 and self.affine):
             raise ValueError(f"keep={self.keep} must be above 0: a number of neurons, or a part of them below 1 "
                              "(keep=0 goes with affine=true)")
@@ -97,7 +100,7 @@ class SlimFFN(BlockPass):
         if not self.needs_feeds:
             return super().run(model, context)
         widths = self._spread(model, context) if self.spread == "sensitivity" else {}
-        with Streams(model, context) as streams:
+        with Streams(model, context, self.vary) as streams:
             return super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
 
     def _spread(self, model: Model, context: Context) -> dict[str, int]:

@@ -57,7 +57,7 @@ def test_the_lines_stand_between_the_two_matrices(tmp_path):
 
 
 def test_the_map_is_the_least_squares_one(tmp_path):
-    """weight=none and tokens in plenty: what numpy finds from the same values, up to the small ridge. x is the residual too,
+    """weight=none and tokens in plenty: what numpy finds from the same values, up to the ridge. x is the residual too,
     so that one matrix does both."""
     s = Sketch()
     x = s.input("x", ["batch", "tokens", D])
@@ -68,7 +68,7 @@ def test_the_map_is_the_least_squares_one(tmp_path):
     values = np.concatenate([run(s.model(), feed)["y"].reshape(-1, D) for feed in feeds]) - rows
     solved, *_ = np.linalg.lstsq(np.hstack([rows, np.ones((len(rows), 1))]), values, rcond=None)
     [matrix] = [each for each in weights(model) if each.shape == (D, D)]
-    assert np.linalg.norm(matrix - np.eye(D) - solved[:D]) < 0.01 * np.linalg.norm(solved[:D])
+    assert np.linalg.norm(matrix - np.eye(D) - solved[:D]) < 0.05 * np.linalg.norm(solved[:D])
     assert ops(model) == ["MatMul", "Add"]
 
 

@@ -73,7 +73,7 @@ def test_no_neuron_and_an_affine_part_is_linearize(tmp_path):
     slim, [result] = rewrite(s, tmp_path, "slim-ffn:keep=0,affine=true", fit=FIT)
     assert (result.fired, widths(slim)) == (1, [])
     affine, _ = rewrite(s, tmp_path, "linearize-ffn", fit=FIT)
-    assert drift(run(affine, X), run(slim, X)) < 1e-5
+    assert drift(run(affine, X), run(slim, X)) < 1e-4
 
 
 def test_greedy_sees_that_neurons_stand_in_for_each_other(tmp_path):

@@ -17,6 +17,7 @@ from .base import Context, Pass, PassResult, Refused
 from .half_graph import HalfGraph, convert
 from .half_weights import beyond
 from .norm_fusion import is_fused
+from .size_arithmetic import sizes
 
 _KIND = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 
@@ -29,8 +30,9 @@ class ToHalf(Pass):
 
     Which node computes in what, and the Casts between, are decided by ONNX Runtime's own converter
     (``onnxruntime.transformers.float16``). Inputs and outputs keep their types. In float32 stay: the operators that the converter
-    keeps there, those with no form in 16 bits, integer products and what is around them, norms that are written out and that
-    ONNX Runtime does not fuse (their squares overflow float16 from 256 on), and what ``keep`` names. Weights are converted a
+    keeps there, those with no form in 16 bits, integer products and what is around them, sizes that are computed as numbers
+    (float16 holds whole numbers up to 2048 only), norms that are written out and that ONNX Runtime does not fuse (their squares
+    overflow float16 from 256 on), and what ``keep`` names. Weights are converted a
     tile at a time when they are written; numbers beyond 65504 become 65504, and the report says how many.
 
     Does not fire on a model without float32 weights, on one that the converter fails on, or where ONNX Runtime does not load
@@ -57,7 +59,7 @@ class ToHalf(Pass):
             return self.result(0, [Refused("it has weights in float16 already, which bfloat16 cannot be mixed with")])
         keep = {word for word in self.keep.split("+") if word}
         operators = keep & {node.op_type for node in proto.graph.node}
-        nodes = {*keep - operators, *self._norm_values(model, context), *_integer_values(model)}
+        nodes = {*keep - operators, *self._norm_values(model, context), *_integer_values(model), *sizes(model)}
         half = convert(proto, values, _KIND[self.dtype], operators, nodes)
         if isinstance(half, str):
             return self.result(0, [Refused(half)])

@@ -109,6 +109,25 @@ def test_a_norm_in_pieces_stays_in_float_as_its_squares_overflow(tmp_path):
     assert ops(model).count("Cast") == 2, "only at the edges"
 
 
+def test_sizes_that_are_computed_as_numbers_stay_whole(tmp_path):
+    """Half of 4,099 rows: float16 has no number between 4,096 and 4,100. The constant is one that a node computes."""
+    s = Sketch()
+    x = s.input("x", ["rows", D])
+    rows = s.op("Gather", s.op("Shape", x), s.weight(np.asarray([0])), axis=0)
+    two = s.op("Sqrt", s.weight(np.asarray([4], np.float32)))
+    half = s.op("Cast", s.op("Div", s.op("Cast", rows, to=TensorProto.FLOAT), two), to=TensorProto.INT64)
+    y = s.op("MatMul", x, s.weight(s.numbers(D, D)))
+    zero = s.weight(np.asarray([0]))
+    s.op("Slice", y, zero, half, zero, out=s.output("y", [None, D]))
+    model, result = halve(s, tmp_path)
+    assert result.fired == 1
+    assert set(types(model)) == {TensorProto.FLOAT16}
+    narrowed = [node.inputs[0].name for node in model.graph.nodes if node.op == "Cast" and node.attrs["to"] == TensorProto.FLOAT16]
+    assert narrowed == ["x"], "no size passes through 16 bits"
+    feed = {"x": np.ones((4099, D), np.float32)}
+    assert run(s.model(), feed)["y"].shape == run(model, feed)["y"].shape == (2049, D)
+
+
 def test_numbers_that_are_too_large_are_cut_and_counted(tmp_path):
     s = Sketch()
     x = s.input("x", ["rows", D])

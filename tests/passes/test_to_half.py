@@ -122,7 +122,8 @@ def test_sizes_that_are_computed_as_numbers_stay_whole(tmp_path):
     model, result = halve(s, tmp_path)
     assert result.fired == 1
     assert set(types(model)) == {TensorProto.FLOAT16}
-    narrowed = [node.inputs[0].name for node in model.graph.nodes if node.op == "Cast" and node.attrs["to"] == TensorProto.FLOAT16]
+    casts = [node for node in model.graph.nodes if node.op == "Cast" and node.attrs["to"] == TensorProto.FLOAT16]
+    narrowed = [node.inputs[0].name for node in casts]
     assert narrowed == ["x"], "no size passes through 16 bits"
     feed = {"x": np.ones((4099, D), np.float32)}
     assert run(s.model(), feed)["y"].shape == run(model, feed)["y"].shape == (2049, D)

@@ -17,6 +17,7 @@ from .blocks import ALL, Blocks
 
 if TYPE_CHECKING:
     from .evidence import Streams
+    from .kept_fits import Fits
     from .ledger import Ledger
     from .resume import Resume
 
@@ -90,6 +91,8 @@ class Context:
         streams: the model and the original gone through side by side, where a pass fits block after block.
         widths: name of a block's output → neurons that stay, where a pass has decided that for all blocks together.
         resume: moments kept for the same run started again.
+        fits: fits of single blocks kept for other plans that begin like this one.
+        original: the model as it was before anything approximate was done to it: what blocks are fitted towards.
         memo: what passes of this plan made and may use again (weights that stay shared).
     """
 
@@ -102,6 +105,8 @@ class Context:
     streams: Streams | None = None
     widths: dict[str, int] = field(default_factory=dict)
     resume: Resume | None = None
+    fits: Fits | None = None
+    original: Model | None = None
     memo: dict[object, Any] = field(default_factory=dict)
 
 

@@ -19,13 +19,15 @@ class Blocks:
 
     @classmethod
     def parse(cls, text: object) -> Blocks:
-        """Read ``all``, ``3``, ``0+3-5`` or, from a plan file, a number or a list of these.
+        """Read ``all``, ``none``, ``3``, ``0+3-5`` or, from a plan file, a number or a list of these.
 
         Raises:
             InputError: it is none of them.
         """
         if text is None or text == "all":
             return cls()
+        if text == "none":
+            return cls(())
         if isinstance(text, (list, tuple)):
             parts = [part for item in text for part in cls.parse(item).indices or ()]
             return cls(tuple(sorted(set(parts))))
@@ -44,6 +46,8 @@ class Blocks:
     def __str__(self) -> str:
         if self.indices is None:
             return "all"
+        if not self.indices:
+            return "none"
         runs: list[list[int]] = []
         for index in self.indices:
             if runs and index == runs[-1][1] + 1:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..graph.ffn import FFNBlock
+from ..graph.ffn import FFNBlock, find_ffn_blocks
 from ..graph.model import Model
 from ..runtime import Scatter
 from .base import Context
@@ -76,7 +76,8 @@ class Streams:
         self._real = len(context.fit)
         self._resume = context.resume
         self._now = Stream(model, feeds, context)
-        self._original = Stream(model.copy(), feeds, context)
+        original, self._residuals = _original(model, context)
+        self._original = Stream(original, feeds, context)
 
     def __enter__(self) -> Streams:
         return self
@@ -129,7 +130,8 @@ class Streams:
         if not pure:
             now.append(block.output)
             passing.append(block.output.name)
-        before = [block.output, *([block.join.residual] if to_stream else weight_values(block, weight) if pure else [])]
+        others_before = [block.join.residual] if to_stream else weight_values(block, weight) if pure else []
+        before = [block.output.name, *(self._residuals.get(block.output.name, each.name) for each in others_before)]
         axes = [block.down.linear.axis if tensor is block.hidden else axis for tensor in now]
         currents = self._now.rows([tensor.name for tensor in now], axes, passing)
         if not pure:
@@ -137,9 +139,23 @@ class Streams:
                 y = values[-1]
                 yield values[:count], y, y, token_weights(block, y, [], weight)
             return
-        originals = self._original.rows([tensor.name for tensor in before], [axis] * len(before), [block.hidden.name])
+        originals = self._original.rows(before, [axis] * len(before), [block.hidden.name])
         for values, (y, *others) in zip(currents, originals, strict=True):
             t = y
             if to_stream and others[0].shape == y.shape == values[-1].shape:
                 t = y + (others[0].astype(np.float64) - values[-1])
             yield values[:count], y, t, token_weights(block, y, others, weight)
+
+
+def _original(model: Model, context: Context) -> tuple[Model, dict[str, str]]:
+    """The model that blocks are fitted towards, and output of a block → the residual that it joins there.
+
+    That is the one before anything approximate, where it computes all that has to be compared under the same names.
+    """
+    if context.original is None:
+        return model.copy(), {}
+    residuals = {block.output.name: block.join.residual.name for block in find_ffn_blocks(context.original.copy())
+                 if block.path == "main"}
+    if all(block.output.name in residuals for block in context.ledger.blocks.values() if block.path == "main"):
+        return context.original.copy(), residuals
+    return model.copy(), {}

@@ -11,6 +11,7 @@ from ..graph.model import Model
 from ..runtime import Feeds
 from .base import Context, PassResult
 from .gate import Gate
+from .kept_fits import Fits
 from .ledger import Ledger
 from .plan import Plan
 from .resume import Resume
@@ -18,7 +19,8 @@ from .resume import Resume
 
 def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feeds | None = None, provider: str = "cpu",
              threads: int | None = None, progress: Callable[[str], None] = lambda message: None,
-             after: Callable[[int], None] = lambda done: None, resume: Resume | None = None) -> list[PassResult]:
+             after: Callable[[int], None] = lambda done: None, resume: Resume | None = None,
+             fits: Fits | None = None) -> list[PassResult]:
     """Rewrite ``model`` in place by every pass of ``plan``.
 
     Args:
@@ -26,6 +28,7 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
         choose: feeds for those that choose blocks by a measurement; ``fit`` where there are none.
         after: told after each pass how many are done, ``model`` standing as it is then.
         resume: where moments are kept, and those of the same run before.
+        fits: where fits of single blocks are kept, and those of other plans before.
 
     Returns:
         What each pass did, in order.
@@ -37,16 +40,20 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
     if plan.needs_feeds and fit is None:
         raise InputError(f"the pass '{plan.needs_feeds[0]}' needs real inputs with these options: give them with --data")
     gate = Gate(model, provider)
-    context = Context(fit, choose or fit, provider, threads, progress=progress, resume=resume)
+    context = Context(fit, choose or fit, provider, threads, progress=progress, resume=resume, fits=fits)
     asked = [blocks for blocks in (getattr(each, "blocks", None) for each in plan) if blocks is not None]
     if asked:
         context.ledger = Ledger(model)
     for blocks in asked:
         context.ledger.select(blocks)  # before anything runs: an index that is not there is the user's mistake
-    results = []
+    results: list[PassResult] = []
     for each in plan:
         progress(each.name)
         started = time.perf_counter()
+        if asked and not each.exact and context.original is None:
+            context.original = model.copy()
+        if fits is not None:
+            fits.begin(Plan(plan.passes[:len(results)]), each)
         result = each.run(model, context)
         if result.fired:
             gate.check(model, each.name)

@@ -11,10 +11,13 @@ import numpy.typing as npt
 
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
+from ..graph.errors import InputError
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..graph.narrow import narrow, why_not_narrow
+from .affine_map import put_map
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .blocks import Blocks
 from .evidence import Evidence, Streams
 from .measure import unmeasurable
 from .neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
@@ -38,7 +41,8 @@ class SlimFFN(BlockPass):
     held near what the block had, λ chosen on tokens held out; ``bias`` only adds the mean of what is gone; ``none`` leaves all.
 
     ``spread=sensitivity`` gives the blocks different widths under the same number of parameters: more to those whose errors
-    reach the outputs (see :mod:`spread`).
+    reach the outputs (see :mod:`spread`). ``widths`` gives single blocks a width of their own, as ``ffnfold search`` does:
+    ``384@0+2/0@5`` leaves 384 neurons in the blocks 0 and 2, and in block 5 the affine map alone, as ``linearize-ffn`` puts it.
 
     Blocks are fitted in order of execution on what the rewritten blocks before them give, towards what the original model
     has there (``target=stream``: the original residual stream; ``target=block``: the block's own output). Tokens are
@@ -62,6 +66,7 @@ class SlimFFN(BlockPass):
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
     spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how widths differ over blocks"})
     multiple: int = field(default=32, metadata={"help": "widths are rounded up to a multiple of this"})
+    widths: str = field(default="", metadata={"help": "neurons that stay in single blocks, e.g. 384@0+2/0@5"})
 
     def __post_init__(self) -> None:
         if self.vary < 0:
@@ -77,6 +82,10 @@ class SlimFFN(BlockPass):
             raise ValueError("affine=true needs refit=ridge")
         if self.spread == "sensitivity" and not self.needs_feeds:
             raise ValueError("spread=sensitivity needs feeds: choose another select or refit")
+        if self.widths and self.spread == "sensitivity":
+            raise ValueError("widths and spread=sensitivity both say how widths differ over blocks: give one of them")
+        if 0 in parse_widths(self.widths).values() and not self.affine:
+            raise ValueError(f"widths={self.widths}: no neurons go with affine=true")
 
     @property
     def needs_feeds(self) -> bool:
@@ -84,8 +93,8 @@ class SlimFFN(BlockPass):
         return self.select != "magnitude" or self.refit != "none"
 
     def width(self, block: FFNBlock) -> int:
-        """Neurons that stay in ``block``, where all blocks keep the same part."""
-        count = self.keep if self.keep >= 1 else self.keep * block.d_ff
+        """Neurons that stay in ``block``."""
+        count = parse_widths(self.widths).get(block.index, self.keep if self.keep >= 1 else self.keep * block.d_ff)
         return min(int(np.ceil(count / self.multiple - 1e-9)) * self.multiple, block.d_ff)
 
     def check(self, block: FFNBlock) -> Refused | None:
@@ -140,18 +149,26 @@ class SlimFFN(BlockPass):
         if refusal is not None:
             return refusal
         assert context.streams is not None
-        evidence = context.streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target=self.target)
-        if not evidence.rows:
-            return Refused("no token of the feeds reached it", block.input.name)
-        return self._fit(block, evidence, context.widths.get(block.output.name, self.width(block)))
+        width = context.widths.get(block.output.name, self.width(block))
+        found = context.fits.load(block, width) if context.fits is not None else None
+        if found is None:
+            evidence = context.streams.evidence(block, inputs=self.affine, neurons=width > 0, weight=self.weight,
+                                                target=self.target)
+            if not evidence.rows:
+                return Refused("no token of the feeds reached it", block.input.name)
+            found = self.fit(block, evidence, width)
+        if context.fits is not None:
+            context.fits.save(block, width, found)
+        return found
 
-    def _features(self, block: FFNBlock, evidence: Evidence) -> Features:
+    def _features(self, block: FFNBlock, evidence: Evidence, neurons: bool = True) -> Features:
         inputs = block.d_model if self.affine else 0
-        prior = np.concatenate([np.zeros((inputs, block.d_out)), block.down.weight().astype(np.float64)])
+        prior = np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
         return Features.of(evidence.everything(), prior, inputs)
 
-    def _fit(self, block: FFNBlock, evidence: Evidence, width: int) -> NeuronFit:
-        everything = self._features(block, evidence)
+    def fit(self, block: FFNBlock, evidence: Evidence, width: int) -> NeuronFit:
+        """The ``width`` neurons that stay, and what they are refitted to. With none ``evidence`` is of the inputs alone."""
+        everything = self._features(block, evidence, neurons=width > 0)
         prior, inputs = everything.prior, everything.inputs
         neurons = select_neurons(self.select, everything, width, _GREEDY_RIDGE)
         if self.refit != "ridge":
@@ -168,6 +185,8 @@ class SlimFFN(BlockPass):
         """Put the narrow block in place."""
         fit = statistics
         assert isinstance(fit, NeuronFit)
+        if fit.affine is not None and not len(fit.neurons):
+            return put_map(model, block, fit.affine, fit.offset, context)
         build = Builder(model, block.graph, block.name, block.down.linear.onnx_type)
         parts = []
         if len(fit.neurons):
@@ -182,7 +201,26 @@ class SlimFFN(BlockPass):
         remove_dead(block.graph, [old] if old is not None else [])
         if context.streams is not None:
             context.streams.rewritten(block.output.name)
-        return Rewritten(gone=None if len(fit.neurons) else "made affine")
+        return Rewritten()
 
     def _bias(self, block: FFNBlock, fit: NeuronFit) -> Array | None:
         return fit.offset if fit.offset.any() or block.down.has_bias else None
+
+
+def parse_widths(text: str) -> dict[int, int]:
+    """``384@0+2/0@5`` as block → neurons.
+
+    Raises:
+        ValueError: it is not written like that.
+    """
+    found: dict[int, int] = {}
+    for part in text.split("/") if text else []:
+        width, _, blocks = part.partition("@")
+        try:
+            indices = Blocks.parse(blocks).indices
+        except InputError:
+            indices = None
+        if not width.isdecimal() or not indices:
+            raise ValueError(f"widths={text}: write it like 384@0+2/0@5, neurons at blocks")
+        found.update(dict.fromkeys(indices, int(width)))
+    return found

@@ -193,3 +193,9 @@ def test_the_description_of_options_is_that_of_the_fields():
         {"name": "rows", "type": "true|false", "help": "whether rows", "default": True},
         {"name": "count", "type": "number or nothing", "help": "", "default": None},
         {"name": "fraction", "type": "real number or nothing", "help": "", "default": None}]
+
+
+def test_no_blocks_at_all_are_written_none():
+    [each] = Plan.parse(["quantize-ffn:blocks=none,also=attention"])
+    assert each.blocks.indices == ()
+    assert Plan.from_entries(Plan((each,)).entries()).passes == (each,)

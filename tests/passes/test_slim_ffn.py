@@ -9,6 +9,10 @@ from ffn_graphs import Sketch, drift, run, transformer
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
+from ffnfold.passes.kept_fits import Fits
+from ffnfold.passes.plan import Plan
+from ffnfold.passes.runner import run_plan
+from ffnfold.runtime import Feeds
 from rewriting import Branch, feeds_of, in_branch, rewrite
 
 D, FF = 8, 32
@@ -233,3 +237,50 @@ def test_options_that_make_no_sense(tmp_path, text):
 def test_without_feeds_it_is_refused(tmp_path):
     with pytest.raises(InputError, match="needs real inputs"):
         rewrite(transformer(1), tmp_path, "slim-ffn")
+
+
+def test_single_blocks_get_widths_of_their_own(tmp_path):
+    plan = "slim-ffn:blocks=0+2-3,widths=8@0/24@3,keep=16,multiple=8"
+    model, [result] = rewrite(transformer(4, activation="gelu"), tmp_path, plan, fit=FIT)
+    assert (result.fired, widths(model)) == (3, [8, FF, 16, 24])
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_no_neurons_leave_the_map_of_linearize_ffn(tmp_path, pre_norm):
+    s = transformer(2, activation="gelu", pre_norm=pre_norm)
+    slim, [first] = rewrite(s, tmp_path, "slim-ffn:widths=0@0-1", fit=FIT)
+    affine, [second] = rewrite(s, tmp_path, "linearize-ffn", fit=FIT)
+    assert first.fired == second.fired == 2
+    assert [node.op for node in slim.graph.nodes] == [node.op for node in affine.graph.nodes]
+    assert drift(run(affine, X), run(slim, X)) < 1e-4
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ("widths=8", "write it like"), ("widths=8@x", "write it like"), ("widths=a@0", "write it like"),
+    ("widths=8@all", "write it like"), ("widths=0@1,affine=false", "affine=true"),
+    ("widths=8@1,spread=sensitivity", "give one of them")])
+def test_widths_that_are_none_are_refused(tmp_path, options, reason):
+    with pytest.raises(InputError, match=reason):
+        rewrite(transformer(1), tmp_path, f"slim-ffn:{options}", fit=FIT)
+
+
+def test_a_second_pass_fits_towards_the_original_model(tmp_path):
+    s = transformer(3, activation="gelu")
+    before = run(s.model(), X)
+    plans = {"one": ["slim-ffn:keep=8,multiple=8"],
+             "two": ["slim-ffn:keep=8,multiple=8,blocks=0", "slim-ffn:keep=8,multiple=8,blocks=1-2"]}
+    found = {name: run(rewrite(s, tmp_path, *plan, fit=FIT)[0], X) for name, plan in plans.items()}
+    assert drift(found["one"], found["two"]) < 1e-5 < drift(before, found["one"])
+
+
+def test_fits_that_were_kept_are_used_by_plans_that_begin_alike(tmp_path):
+    onnx.save_model(transformer(3, activation="gelu").model(), tmp_path / "before.onnx")
+    fits = Fits(tmp_path / "fits")
+    plans = [f"slim-ffn:multiple=8,widths={widths}" for widths in ("8@0/16@1/8@2", "8@0/16@1/24@2", "16@0/16@1/24@2")]
+    for plan, there in zip(plans, [3, 4, 7], strict=True):
+        models = [Model.load(tmp_path / "before.onnx") for _ in range(2)]
+        for model, kept in zip(models, [fits, None], strict=True):
+            run_plan(model, Plan.parse([plan]), fit=Feeds.of(FIT), threads=1, fits=kept)
+        first, second = (run(model, X) for model in models)
+        assert all((first[name] == second[name]).all() for name in first)
+        assert len(list((tmp_path / "fits").iterdir())) == there

@@ -2,6 +2,8 @@
 
     python benchmarks/approximate_zoo.py FOLDER [--only TEXT] [--plan PASS]... [--json FILE]
 
+A pass that needs inputs is fitted on the file's own.
+
 FOLDER holds NAME.onnx, NAME.npz (its inputs, as ``in:INPUT``) and truth.json, whose entries say what was made of a graph
 (``variant``). On every file, also those that are lossy, each of ``remove-ffn:keep=nothing``, ``quantize-ffn`` and
 ``quantize-ffn:form=weight-only`` is run on the blocks whose weights are still in float. Printed: the share of these on which
@@ -25,7 +27,7 @@ from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
-from ffnfold.runtime import open_session
+from ffnfold.runtime import Feeds, open_session
 
 GOAL = 0.95
 PLANS = ("remove-ffn:keep=nothing", "quantize-ffn", "quantize-ffn:form=weight-only")
@@ -71,7 +73,9 @@ def _judge(path: Path, plan: str) -> dict[str, Any]:
     if not float_blocks:
         return {"blocks": 0, "fired": 0, "refused": [], "wrong": None}
     blocks = f"blocks={'+'.join(map(str, float_blocks))}"
-    [result] = run_plan(model, Plan.parse([f"{plan}{',' if ':' in plan else ':'}{blocks}"]), threads=1)
+    parsed = Plan.parse([f"{plan}{',' if ':' in plan else ':'}{blocks}"])
+    fit = Feeds.of([_feed(path)]) if parsed.needs_feeds else None
+    [result] = run_plan(model, parsed, fit=fit, threads=1)
     with tempfile.TemporaryDirectory(prefix="ffnfold-") as folder:
         after = Path(folder) / path.name
         model.save(after)

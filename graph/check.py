@@ -134,7 +134,8 @@ def prune(graph: onnx.GraphProto, outputs: set[str], fed: Mapping[str, int] | No
         pending += new
     found = {info.name for info in graph.output}
     _keep(graph.node, [id(node) in kept for node in graph.node])
-    _keep(graph.initializer, [tensor.name in needed for tensor in graph.initializer])
+    defaults = {info.name for info in graph.input} if fed is None else set()
+    _keep(graph.initializer, [tensor.name in needed or tensor.name in defaults for tensor in graph.initializer])
     _keep(graph.output, [info.name in outputs for info in graph.output])
     if fed is not None:
         _keep(graph.input, [info.name in needed for info in graph.input])

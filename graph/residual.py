@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import onnx_graphsurgeon as gs
 
@@ -45,6 +46,34 @@ class Join:
     residual: gs.Tensor
     direct: bool
     others: list[gs.Tensor]
+
+
+class Sublayer(Protocol):
+    """What joins a residual stream: an FFN block, or attention."""
+
+    @property
+    def path(self) -> str:
+        """The graph it is in, by its path."""
+
+    @property
+    def graph(self) -> gs.Graph:
+        """That graph."""
+
+    @property
+    def output(self) -> gs.Tensor:
+        """What it gives."""
+
+    @property
+    def join(self) -> Join:
+        """Where it joins."""
+
+    @property
+    def axis(self) -> int:
+        """Where its features are, counted from the end."""
+
+    @property
+    def onnx_type(self) -> int:
+        """Element type of what it gives."""
 
 
 class Ancestors:
@@ -128,7 +157,7 @@ def find_join(output: gs.Tensor, x: gs.Tensor, ancestors: Ancestors,
             joined = _joined(node, tensor, x, ancestors)
             if joined is not None:
                 return Join(node, tensor, joined, direct, list(others))
-            following = _follow(node, tensor)
+            following = follow(node, tensor)
             if following is None:
                 blocked = f"it goes through {node.op} (node '{node.name}') before any residual Add"
                 continue
@@ -151,7 +180,7 @@ def _joined(node: gs.Node, tensor: gs.Tensor, x: gs.Tensor, ancestors: Ancestors
         return None
     for operand in operands:
         if operand is not tensor and fold(operand) is None:
-            found = ancestors.any(_terms(operand), x)
+            found = ancestors.any(terms(operand), x)
             if found is not None and not _passed_by(operand, node, ancestors):
                 return operand
     return None
@@ -166,7 +195,7 @@ def _passed_by(residual: gs.Tensor, join: gs.Node, ancestors: Ancestors) -> bool
     return any(ancestors.leads(join.outputs, value) for node in readers for value in node.inputs if value is not residual)
 
 
-def _terms(operand: gs.Tensor, depth: int = 4) -> list[gs.Tensor]:
+def terms(operand: gs.Tensor, depth: int = 4) -> list[gs.Tensor]:
     """``operand`` and, where it is a sum, its terms; casts, reshapes and constant factors looked through."""
     found = [operand]
     node = producer(operand)
@@ -175,16 +204,16 @@ def _terms(operand: gs.Tensor, depth: int = 4) -> list[gs.Tensor]:
     if node.op in SKIP_NORMS:
         return found  # a new stream starts behind a norm
     if node.op in ALIASES or node.op == "Transpose":
-        return found + _terms(node.inputs[0], depth)
+        return found + terms(node.inputs[0], depth)
     if node.op in ("Add", "Sum"):
-        return found + [term for value in node.inputs if fold(value) is None for term in _terms(value, depth - 1)]
+        return found + [term for value in node.inputs if fold(value) is None for term in terms(value, depth - 1)]
     if node.op == "Mul":
         parts = [value for value in node.inputs if fold(value) is None]
-        return found + (_terms(parts[0], depth - 1) if len(parts) == 1 else [])
+        return found + (terms(parts[0], depth - 1) if len(parts) == 1 else [])
     return found
 
 
-def _follow(node: gs.Node, tensor: gs.Tensor) -> list[gs.Tensor] | None:
+def follow(node: gs.Node, tensor: gs.Tensor) -> list[gs.Tensor] | None:
     """The values through which ``tensor`` goes on, or None where it stops being the same stream."""
     op = node.op
     if op in ALIASES or op in NORMS or op in _CARRIERS:

@@ -12,7 +12,7 @@ from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, set_inputs, substitute, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from ..graph.residual import SKIP_NORMS
+from ..graph.residual import SKIP_NORMS, Sublayer
 from ..graph.shapes import ALIASES
 
 Array = npt.NDArray[Any]
@@ -58,7 +58,7 @@ def bypass(model: Model, block: FFNBlock, constant: Array | None) -> None:
     Args:
         constant: what to add in its place, ``[d]``, the mean of :func:`measured_value`; None for nothing.
     """
-    if is_pure_branch(block) and _splice(Builder(model, block.graph, block.name, stream_type(block)), block, constant):
+    if is_pure_branch(block) and splice(Builder(model, block.graph, block.name, stream_type(block)), block, constant):
         return
     build = Builder(model, block.graph, block.name, block.onnx_type)
     in_place = build.zeros(block.input, block.d_out, block.axis)
@@ -67,7 +67,7 @@ def bypass(model: Model, block: FFNBlock, constant: Array | None) -> None:
     block.replace(in_place)
 
 
-def stream_type(block: FFNBlock) -> int:
+def stream_type(block: Sublayer) -> int:
     """Element type of what the residual Add of ``block`` adds: the block's own, unless a Cast lies between."""
     tensor = block.join.branch
     for _ in range(_DEEPEST):
@@ -94,8 +94,8 @@ def rescale(model: Model, block: FFNBlock, factor: float) -> None:
     remove_dead(block.graph, [old] if old is not None else [])
 
 
-def _splice(build: Builder, block: FFNBlock, constant: Array | None) -> bool:
-    """Take the branch out of the residual Add itself."""
+def splice(build: Builder, block: Sublayer, constant: Array | None) -> bool:
+    """Take the branch out of the residual Add itself; False where that cannot be done, and nothing is changed."""
     node, residual, graph = block.join.node, block.join.residual, block.graph
     branch = producer(block.join.branch)
     if node.op in SKIP_NORMS:
@@ -116,8 +116,7 @@ def _splice(build: Builder, block: FFNBlock, constant: Array | None) -> bool:
     return True
 
 
-
-def _splice_skip_norm(build: Builder, block: FFNBlock, constant: Array | None) -> bool:
+def _splice_skip_norm(build: Builder, block: Sublayer, constant: Array | None) -> bool:
     """SkipLayerNormalization(residual, branch) → LayerNormalization(residual); the bias in it is the block's."""
     node, graph = block.join.node, block.graph
     simplified = "Simplified" in node.op

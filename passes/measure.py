@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ..graph.ffn import FFNBlock
 from ..graph.model import Model
+from ..graph.residual import Sublayer
 from ..runtime import Feeds, capture
 from .base import Context, Refused
 
 Array = npt.NDArray[Any]
 
 
-def unmeasurable(model: Model, block: FFNBlock) -> Refused | None:
+def unmeasurable(model: Model, block: Sublayer) -> Refused | None:
     """Why the values of ``block`` cannot be captured, or None."""
     if block.graph is not model.graph:
         return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)

@@ -17,13 +17,15 @@ from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
 from .merge_linears import MergeLinears
 from .quantize_ffn import QuantizeFFN
+from .remove_attention import RemoveAttention
 from .remove_ffn import RemoveFFN
+from .remove_layer import RemoveLayer
 from .slim_ffn import SlimFFN
 from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, MergeLinears, QuantizeFFN,
-    RemoveFFN, SlimFFN, ToHalf)}
+    RemoveAttention, RemoveFFN, RemoveLayer, SlimFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

@@ -7,13 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .evidence import Streams
 from .ladder import Step, climb
+from .removal import check_selection, how_many
 from .scores import choose_blocks
 from .stand_in import FITTED, RUNGS, Measured, StandIn
 
@@ -61,12 +60,7 @@ class RemoveFFN(BlockPass):
     by: Literal["cosine", "output"] = field(default="cosine", metadata={"help": "the score blocks are chosen by"})
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.fraction is not None:
-            raise ValueError("give count or fraction, not both")
-        if self.count is not None and self.count < 0:
-            raise ValueError(f"count={self.count} is negative")
-        if self.fraction is not None and not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction} is not between 0 and 1")
+        check_selection(self.count, self.fraction)
         if not self.rank > 0 or (self.rank >= 1 and self.rank != int(self.rank)):
             raise ValueError(f"rank={self.rank} must be a whole number, or a part of the width below 1")
         if self.within is not None and not self.within >= 0:
@@ -81,8 +75,7 @@ class RemoveFFN(BlockPass):
         """All, or the lowest by score."""
         if self.count is None and self.fraction is None:
             return list(blocks)
-        count = self.count if self.count is not None else int(np.floor(self.fraction * len(blocks) + 0.5))  # type: ignore[operator]
-        return choose_blocks(model, blocks, min(count, len(blocks)), self.by, context)
+        return choose_blocks(model, blocks, how_many(self.count, self.fraction, len(blocks)), self.by, context)
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Take the blocks out, each measured on what the ones before it have become."""

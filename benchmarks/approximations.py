@@ -9,7 +9,8 @@ it is measured; rows that are there already are not measured again.
 
 Baselines, as published, in the same harness: blocks dropped by cosine (arXiv 2406.15786), neurons dropped by Wanda
 (arXiv 2306.11695, summed over the neuron) and by FLAP with its bias (arXiv 2312.11983), all with tokens weighted alike; TARDIS's
-line for each neuron (arXiv 2501.10054), of ungated blocks, without its predictor, the blocks chosen by cosine.
+line for each neuron (arXiv 2501.10054), of ungated blocks, without its predictor, the blocks chosen by cosine. Beside them:
+as many attention sublayers or whole layers as blocks, chosen by cosine too (arXiv 2406.15786).
 """
 
 from __future__ import annotations
@@ -52,12 +53,22 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
         "Wanda": ("baseline", [f"slim-ffn:keep={left},select=wanda,refit=none,{_AS_PUBLISHED}"]),
         "FLAP": ("baseline", [f"slim-ffn:keep={left},select=flap,refit=bias,{_AS_PUBLISHED}"]),
     }
+    found |= beside_blocks(gone)
     if neurons:
         found["partial linear"] = ("ours", [f"slim-ffn:keep={neurons}"])
         found["partial linear, widths spread"] = ("ours", [f"slim-ffn:keep={neurons},spread=sensitivity"])
     if not first.gated:
         found["TARDIS lines"] = ("baseline", [f"linearize-ffn:fit=neuron,weight=none,blocks={mapped}", "fuse-matmul"])
     return found
+
+
+def beside_blocks(gone: int) -> dict[str, tuple[str, list[str]]]:
+    """As many attention sublayers, or layers, as blocks are dropped: other parameters go than those of FFN blocks."""
+    return {
+        "attention dropped": ("beside", [f"remove-attention:keep=nothing,count={gone}"]),
+        "attention dropped, its mean kept": ("beside", [f"remove-attention:count={gone}"]),
+        "layers dropped": ("beside", [f"remove-layer:count={gone}"]),
+    }
 
 
 def next_token_loss(model: Any, feeds: Feeds) -> float:
@@ -150,7 +161,7 @@ def show(result: dict[str, Any]) -> None:
     for left in sorted({row["left"] for row in result["rows"]}, reverse=True):
         rows = sorted((row for row in result["rows"] if row["left"] == left), key=lambda row: float(row["loss"]))
         for row in rows:
-            kind = " (baseline)" if row["kind"] == "baseline" else ""
+            kind = "" if row["kind"] == "ours" else f" ({row['kind']})"
             print(f"| {left:.2f} ({row['parameters_left']:.3f}) | {row['name']}{kind} | {row['loss']:.4f} |")
         best = {kind: min((row["loss"] for row in rows if row["kind"] == kind), default=None) for kind in ("ours", "baseline")}
         if None not in best.values():

@@ -86,6 +86,14 @@ def test_an_input_with_a_default_is_optional(workshop):
         assert (session.run({"x": x, "scale": 3 * default})["y"] == 6).all()
 
 
+def test_an_input_with_a_default_is_optional_where_only_a_value_before_it_is_wanted(workshop):
+    path = workshop.save([helper.make_node("Neg", ["x"], ["between"]), helper.make_node("Mul", ["between", "scale"], ["y"])],
+                         {name: (TensorProto.FLOAT, [400]) for name in ("x", "scale")}, {"y": (TensorProto.FLOAT, [400])},
+                         {"scale": np.full(400, 2, np.float32)})
+    session = open_session(Model.load(path), outputs=["between"], only=True)
+    assert (session.run({"x": np.ones(400, np.float32)}, ["between"])["between"] == -1).all()
+
+
 def test_what_cannot_be_opened_is_said_in_one_line(workshop, tmp_path, one_line, capfd):
     path = workshop.linear(np.ones((16, 40), np.float32))
     (tmp_path / "text.onnx").write_text("no model")

@@ -9,7 +9,6 @@ from ffn_graphs import Sketch, drift, ops, run
 from ffnfold.graph.attention import find_attention
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
-from ffnfold.graph.model import Model
 from layer_graphs import KINDS, D, attention, encoder_decoder, layers, skip_norms
 from onnx import TensorProto, helper, numpy_helper
 from rewriting import Branch, feeds_of, in_branch, rewrite
@@ -281,7 +280,7 @@ def test_a_gate_and_a_softmax_written_out(tmp_path):
     model, [result] = rewrite(s, tmp_path, "remove-attention:keep=nothing")
     assert result.fired == 1
     assert drift(run(muted(s, 0), X), run(model, X)) < 1e-6
-    assert isinstance(model, Model) and "Exp" not in ops(model)
+    assert "Exp" not in ops(model)
 
 
 def test_without_feeds_there_is_no_mean_and_no_score(tmp_path):

@@ -76,7 +76,8 @@ def test_layers_that_end_in_skip_norms(tmp_path, post):
         for node in proto.graph.node:
             node.input[:] = ["x" if name == skips[1].output[0] else name for name in node.input]
     else:  # both branches of the first layer are zero
-        first = {node.input[1] for node in proto.graph.node if node.name.startswith(("/layer.0/attention/out", "/layer.0/ffn/down"))}
+        ends = ("/layer.0/attention/out", "/layer.0/ffn/down")
+        first = {node.input[1] for node in proto.graph.node if node.name.startswith(ends)}
         for held in proto.graph.initializer:
             if held.name in first:
                 held.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(held)), held.name))

@@ -8,9 +8,10 @@ report/, which nothing was fitted to or chosen on. The loss is the increase of t
 it is measured; rows that are there already are not measured again.
 
 Baselines, as published, in the same harness: blocks dropped by cosine (arXiv 2406.15786), neurons dropped by Wanda
-(arXiv 2306.11695, summed over the neuron) and by FLAP with its bias (arXiv 2312.11983), all with tokens weighted alike; TARDIS's
-line for each neuron (arXiv 2501.10054), of ungated blocks, without its predictor, the blocks chosen by cosine. Beside them:
-as many attention sublayers or whole layers as blocks, chosen by cosine too (arXiv 2406.15786).
+(arXiv 2306.11695, summed over the neuron) and by FLAP with its bias (arXiv 2312.11983), all with tokens weighted alike; matrices
+factorized by plain SVD and by SVD-LLM (arXiv 2403.07378), the down projection not fitted anew; TARDIS's line for each neuron
+(arXiv 2501.10054), of ungated blocks, without its predictor, the blocks chosen by cosine. Beside them: as many attention
+sublayers or whole layers as blocks, chosen by cosine too (arXiv 2406.15786).
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
     if neurons:
         found["partial linear"] = ("ours", [f"slim-ffn:keep={neurons}"])
         found["partial linear, widths spread"] = ("ours", [f"slim-ffn:keep={neurons},spread=sensitivity"])
+    found["thin matrices"] = ("ours", [f"factorize-ffn:ratio={left}"])
+    found["thin matrices, ranks spread"] = ("ours", [f"factorize-ffn:ratio={left},spread=sensitivity"])
+    found["SVD-LLM"] = ("baseline", [f"factorize-ffn:ratio={left},target=own,weight=none"])
+    found["plain SVD"] = ("baseline", [f"factorize-ffn:ratio={left},whiten=false"])
     if not first.gated:
         found["TARDIS lines"] = ("baseline", [f"linearize-ffn:fit=neuron,weight=none,blocks={mapped}", "fuse-matmul"])
     return found

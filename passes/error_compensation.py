@@ -1,21 +1,26 @@
-"""Rounding a weight so that later roundings undo the error of earlier ones (GPTQ, arXiv 2210.17323)."""
+"""Changing the rows of a weight one after the other so that later rows undo the error of earlier ones.
+
+Rounding so is GPTQ (arXiv 2210.17323), setting to zero so is SparseGPT (arXiv 2301.00774). With U the upper Cholesky factor of
+the inverse of ``H = XᵀX + λI``, the error e of input i is spread over the inputs behind it by
+``W[j] −= e · U[i, j] / U[i, i]``, which makes ``‖X (W − Ŵ)‖`` as small as it can be with the rows up to i as they are.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from .weight_codes import Array, Rounding
 
 _DAMPING = 0.01  # of the mean of the diagonal, added to it
-_STRIDE = 128  # inputs whose errors are gathered before they reach the inputs behind them
+STRIDE = 128  # inputs whose errors are gathered before they reach the inputs behind them
 
 
 def compensated_codes(weight: Array, scales: Array, gram: Array, rounding: Rounding) -> tuple[Array, Array]:
     """Codes of ``weight`` that make ``‖X (W − Ŵ)‖`` small rather than ``‖W − Ŵ‖``.
 
-    Inputs are rounded one after the other, those with the largest mean square first where a column has one scale. The
-    error e of input i is spread over the inputs not rounded yet, ``W[j] −= e · U[i, j] / U[i, i]``, with U the upper Cholesky
-    factor of the inverse of ``H = XᵀX + λI``.
+    Inputs with the largest mean square are rounded first where a column has one scale.
 
     Args:
         weight: ``[d_in, d_out]``.
@@ -29,30 +34,52 @@ def compensated_codes(weight: Array, scales: Array, gram: Array, rounding: Round
     moments = gram.astype(np.float64)
     diagonal = np.diag(moments).copy()
     order = np.argsort(-diagonal, kind="stable") if rounding.block is None else np.arange(d_in)
-    factor = _inverse_factor(moments[np.ix_(order, order)], diagonal.mean())
+    factor = inverse_factor(moments[np.ix_(order, order)], diagonal.mean())
     left = weight.astype(np.float64)[order]
     codes = np.zeros(weight.shape, np.int8)
     scales = scales.copy()
-    stride = _STRIDE if rounding.block is None else rounding.block
-    for start in range(0, d_in, stride):
-        stop = min(start + stride, d_in)
+
+    def rounding_of(start: int, part: Array) -> Callable[[int, Array], Array]:
         block = 0 if rounding.block is None else start // rounding.block
         if rounding.block is not None:
-            found = rounding.scales(left[start:stop].astype(np.float32), diagonal[start:stop])
+            found = rounding.scales(part.astype(np.float32), diagonal[start:start + len(part)])
             if found is not None:
                 scales[block] = found[0]
-        errors = np.zeros((stop - start, weight.shape[1]))
-        for row in range(start, stop):
-            code = rounding.rounded(left[row] / scales[block])
+
+        def rounded(row: int, values: Array) -> Array:
+            code = rounding.rounded(values / scales[block])
             codes[order[row]] = code
-            error = (left[row] - code * scales[block]) / factor[row, row]
-            left[row + 1:stop] -= np.outer(factor[row, row + 1:stop], error)
-            errors[row - start] = error
-        left[stop:] -= factor[start:stop, stop:].T @ errors
+            return np.asarray(code * scales[block])
+
+        return rounded
+
+    settle_rows(left, factor, STRIDE if rounding.block is None else rounding.block, rounding_of)
     return codes, scales
 
 
-def _inverse_factor(moments: Array, average: float) -> Array:
+def settle_rows(left: Array, factor: Array, stride: int, begin: Callable[[int, Array], Callable[[int, Array], Array]]) -> None:
+    """Change the rows of ``left [d_in, d_out]`` in place, each for the one that is settled for it.
+
+    Args:
+        factor: U, ``[d_in, d_in]``.
+        stride: rows whose errors are gathered before they reach the rows behind them.
+        begin: given the first row of a stride and a view of its rows as they are by then, gives what settles a row, given its
+            number and what it is by then.
+    """
+    for start in range(0, len(left), stride):
+        stop = min(start + stride, len(left))
+        settle = begin(start, left[start:stop])
+        errors = np.zeros((stop - start, left.shape[1]))
+        for row in range(start, stop):
+            settled = settle(row, left[row])
+            error = (left[row] - settled) / factor[row, row]
+            left[row] = settled
+            left[row + 1:stop] -= np.outer(factor[row, row + 1:stop], error)
+            errors[row - start] = error
+        left[stop:] -= factor[start:stop, stop:].T @ errors
+
+
+def inverse_factor(moments: Array, average: float) -> Array:
     """Upper U with ``UᵀU = (H + λI)⁻¹``, λ raised until there is one. Inputs that are always 0 get ``H[i, i] = 1``."""
     from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
 

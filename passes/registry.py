@@ -11,6 +11,7 @@ from .canonicalize_ffn import CanonicalizeFFN
 from .clean_up import CleanUp
 from .dedupe_weights import DedupeWeights
 from .drop_neurons import DropNeurons
+from .factorize_ffn import FactorizeFFN
 from .fold_bias import FoldBias
 from .fold_norm import FoldNorm
 from .fuse_matmul import FuseMatMul
@@ -21,11 +22,12 @@ from .remove_attention import RemoveAttention
 from .remove_ffn import RemoveFFN
 from .remove_layer import RemoveLayer
 from .slim_ffn import SlimFFN
+from .sparsify_ffn import SparsifyFFN
 from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN, MergeLinears, QuantizeFFN,
-    RemoveAttention, RemoveFFN, RemoveLayer, SlimFFN, ToHalf)}
+    CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN,
+    MergeLinears, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, SlimFFN, SparsifyFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

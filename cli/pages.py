@@ -28,6 +28,7 @@ def optimize_page(report: Mapping[str, Any], details: Mapping[str, Any], plan: s
         summary.append(("speed-up", "{speedup:.3f} ({low:.3f} to {high:.3f})".format(**report["speed"])))
     missed = [text for text in report["notes"] if text.startswith("a limit was missed")]
     return Report(Path(report["output"]).name, ok=report["ok"], summary=summary, plan=plan, passes=report["passes"],
+                  contributions=plain(report.get("contributions", [])),
                   drift=plain(details.get("drift")), timing=plain(details.get("timing")),
                   bytes={report["model"]: size["before"], report["output"]: size["after"]},
                   equivalence=plain(report["equivalence"]), feeds=report["feeds"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def _equivalence(report: dict[str, Any] | None) -> list[tuple[str, str]]:
     return found
 
 
+def _contribution(row: Mapping[str, Any]) -> str:
+    drift = max((found["rel_l2"] for found in row["drift"].values() if found["rel_l2"] is not None), default=0.0)
+    return (f"| {row['name']} | {megabytes(row['bytes'])} | {drift:.2e} | {max(row['added'].values(), default=0.0):.2e} | "
+            f"{row['speed']['speedup']:.2f}× | {row['gained']['speedup']:.2f}× ({row['gained']['low']:.2f} to "
+            f"{row['gained']['high']:.2f}) |")
+
+
 def _difference(value: float | str | None) -> str:
     return "not taken by the model" if value is None else value if isinstance(value, str) else f"{value:.1e}"
 
@@ -102,6 +110,10 @@ def markdown(report: dict[str, Any], plan: Plan) -> str:
     lines = [f"# {Path(report['output']).name}", "", f"Made from `{report['model']}`.", "", "| what | result |", "| --- | --- |"]
     lines += [f"| {what} | {result} |" for what, result in rows(report)]
     lines += ["", "## Plan", "", "```yaml", plan.to_yaml().rstrip(), "```"]
+    if report.get("contributions"):
+        lines += ["", "## What each pass contributed", "",
+                  "| after the pass | size | largest rel_l2 of an output | added | speed-up | by this pass |",
+                  "| --- | --- | --- | --- | --- | --- |", *(_contribution(each) for each in report["contributions"])]
     if refusals(report):
         lines += ["", "## Left alone", ""]
         lines += [f"* {name}: {reason} ({count})" for name, reason, count in refusals(report)]

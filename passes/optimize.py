@@ -19,6 +19,7 @@ from ..graph.weights import StoredValues
 from ..runtime import Drift, Feeds, Limit, Variant, compare, race, synthetic_feeds
 from ..runtime.specs import input_specs
 from .base import PassResult
+from .contributions import Contributions
 from .exact_part import ExactPart, moved
 from .per_block import drift_per_block
 from .plan import Plan
@@ -41,7 +42,7 @@ class Job:
         limits: on the drift.
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
-        detailed: also the drift of each block, and the time of each run.
+        detailed: also the drift of each block, what each pass contributed, and the time of each run.
         cache: where moments are kept, so that the same job, killed and started again, goes on from there; None: nowhere.
         external: weights in a data file; None: as the input has them.
     """
@@ -69,7 +70,7 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     Returns:
         The contract's object of ``optimize``, and ``notes``: sentences for people. Where it was to be ``detailed`` and there
         are feeds, ``details`` holds ``drift``, ``verify``'s object with its blocks, and ``timing``, ``bench``'s object with
-        ``times_ms``.
+        ``times_ms``; and ``contributions`` the rows of :meth:`Contributions.measure`.
 
     Raises:
         InputError: bad input; nothing is written then.
@@ -86,9 +87,17 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
              progress: Callable[[str], None]) -> dict[str, Any]:
     fitting = split if job.plan.needs_feeds else None
     exact = ExactPart(model, job.plan, compared=split is not None and job.verify)
+    shares = Contributions(model) if job.detailed and split is not None and job.verify else None
     resume = _resume(job, fitting, fingerprint)
+
+    def after(done: int) -> None:
+        exact.after(done)
+        if shares is not None:
+            shares.after(done)
+
     results = run_plan(model, job.plan, fit=fitting.fit if fitting else None, choose=fitting.choose if fitting else None,
-                       provider=job.provider, threads=job.threads, progress=progress, after=exact.after, resume=resume)
+                       provider=job.provider, threads=job.threads, progress=progress, resume=resume,
+                       after=after)
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
@@ -100,6 +109,10 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
         staged = _copy(model, job)
     with staged:
         report = _measure(job, model, results, exact, staged, split, progress)
+        if shares is not None and split is not None:
+            report["contributions"] = shares.measure(
+                job.model, results, spread(split.report), progress, provider=job.provider, threads=job.threads,
+                use_tf32=job.use_tf32, allow_cpu=job.allow_cpu)
         report["notes"] += [f"{result.name}: {note}" for result in results for note in result.notes]
         report["notes"] += _notes(job, split, fired, report)
         if report["ok"] or not job.strict:

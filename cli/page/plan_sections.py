@@ -28,11 +28,14 @@ def front_section(front: Sequence[Mapping[str, Any]], metric: str, feeds: str | 
                    figures=[Figure(charts.pareto(order, metric))], tables=[table])
 
 
-def plan_section(plan: str, passes: Sequence[Mapping[str, Any]]) -> Section:
-    """The plan file, what each pass did, and what it left alone."""
+def plan_section(plan: str, passes: Sequence[Mapping[str, Any]], contributions: Sequence[Mapping[str, Any]] = (),
+                 feeds: str | None = None) -> Section:
+    """The plan file, what each pass did and contributed, and what it left alone."""
     rows = [[each["name"], "exact" if each["exact"] else "approximate", each["fired"], len(each["refused"]), each["seconds"]]
             for each in passes]
     tables = [Table("Passes", ["pass", "kind", "fired", "refused", "seconds"], rows)] if rows else []
+    if contributions:
+        tables.append(_contributions(contributions))
     counts: dict[tuple[str, str], int] = {}
     for each in passes:
         for refused in each["refused"]:
@@ -40,7 +43,19 @@ def plan_section(plan: str, passes: Sequence[Mapping[str, Any]]) -> Section:
             counts[key] = counts.get(key, 0) + 1
     if counts:
         tables.append(Table("Left alone", ["pass", "reason", "times"], [[*key, count] for key, count in counts.items()]))
-    return Section("plan", "Plan", "The passes, in order, as a plan file.", code=plan, tables=tables)
+    return Section("plan", "Plan", "The passes, in order, as a plan file.", feeds if contributions else None, code=plan,
+                   tables=tables)
+
+
+def _contributions(contributions: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each pass that changed the model; the drift is that of the output that moved most in the end."""
+    last = {name: found["rel_l2"] or 0.0 for name, found in contributions[-1]["drift"].items()}
+    output = max(last, key=lambda name: last[name], default="")
+    rows = [[each["name"], each["bytes"] / 1e6, each["drift"].get(output, {}).get("rel_l2"), each["added"].get(output),
+             each["speed"]["speedup"], each["gained"]["speedup"], each["gained"]["low"], each["gained"]["high"]]
+            for each in contributions]
+    return Table(f"What each pass contributed (drift: rel_l2 of {output})",
+                 ["after the pass", "MB", "drift", "added drift", "speed-up", "by this pass", "from", "to"], rows)
 
 
 def _text(plan: object) -> str:

@@ -15,7 +15,7 @@ class Report:
         title: heading.
         ok: whether every limit was kept; None where there was none to keep.
         summary: pairs of texts for the top.
-        plan: YAML; passes: ``optimize``'s entries ``passes``.
+        plan: YAML; passes: ``optimize``'s entries ``passes``; contributions: what each of them contributed.
         drift: ``verify``'s object, with ``blocks`` where they were compared.
         timing: ``bench``'s object, its models with ``times_ms`` where the distributions are to be drawn.
         bytes: model → size of its files.
@@ -29,6 +29,7 @@ class Report:
     summary: Sequence[tuple[str, str]] = ()
     plan: str | None = None
     passes: Sequence[Mapping[str, Any]] = ()
+    contributions: Sequence[Mapping[str, Any]] = ()
     drift: Mapping[str, Any] | None = None
     timing: Mapping[str, Any] | None = None
     bytes: Mapping[str, int] = field(default_factory=dict)

@@ -31,7 +31,7 @@ def sections(report: Report) -> list[Section]:
     if report.equivalence is not None:
         found.append(exact_section(report.equivalence, report.feeds))
     if report.plan is not None:
-        found.append(plan_section(report.plan, report.passes))
+        found.append(plan_section(report.plan, report.passes, report.contributions, report.feeds))
     if timing is not None:
         found.append(machine_section(timing))
     return found

@@ -209,6 +209,26 @@ def test_report_writes_its_files(cli, folder, model, feeds):
     assert "- quantize-ffn" in page
 
 
+def test_a_report_says_what_each_pass_contributed(cli, folder, model, feeds):
+    report = cli("optimize", model, "-o", "out.onnx", "-p", "fold-bias", "-p", "remove-ffn:blocks=1,keep=nothing", "-p",
+                 "quantize-ffn:row_scale=false", "--data", feeds, "--report", "report", "--json").json
+    fired = [each["name"] for each in report["passes"] if each["fired"]]
+    rows = report["contributions"]
+    assert [row["name"] for row in rows] == fired
+    assert fired[-2:] == ["remove-ffn", "quantize-ffn"]
+    removed, quantized = rows[-2:]
+    assert removed["bytes"] < report["bytes"]["before"]
+    assert quantized["bytes"] == pytest.approx(report["bytes"]["after"], rel=0.2), "the file also says how it was made"
+    assert all(quantized["gained"][key] > 0 for key in ("speedup", "low", "high"))
+    for output, metrics in report["drift"]["outputs"].items():
+        assert sum(row["added"][output] for row in rows) == pytest.approx(quantized["drift"][output]["rel_l2"], rel=1e-6)
+        assert removed["added"][output] > 0.01, "a whole block is gone"
+        assert metrics["rel_l2"] > 0
+    page = (folder / "report" / "report.md").read_text()
+    assert page.count("| remove-ffn | ") == 1
+    assert "What each pass contributed" in (folder / "report" / "report.html").read_text()
+
+
 def test_the_plan_of_a_report_can_be_run_again(cli, folder, model):
     cli("optimize", model, "-o", "a.onnx", "-p", "remove-ffn:blocks=0+2,keep=nothing", "-p", "quantize-ffn:row_scale=false",
         "--report", "report")

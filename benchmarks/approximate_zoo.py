@@ -30,7 +30,7 @@ from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session
 
 GOALS = {"remove-ffn:keep=nothing": 0.95, "quantize-ffn": 0.95, "quantize-ffn:form=weight-only": 0.95, "factorize-ffn": 0.9,
-         "sparsify-ffn": 0.9}
+         "sparsify-ffn": 0.9, "split-ffn": 0.9, "bilinear-ffn": 0.9}
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 """The members of the family of docs/approximations.md, and the baselines that a user would try, at equal FFN parameters.
 
-    python benchmarks/approximations.py MODEL FEEDS --json FILE [--left 0.75 0.5 0.25] [--only NAME...]
+    python benchmarks/approximations.py MODEL FEEDS --json FILE [--left 0.75 0.5 0.25] [--fit N] [--only NAME...]
+
+Zeros count as parameters that are gone, though they stay in the file; a gated block made bilinear keeps all.
 
 FEEDS holds fit/, choose/ and report/ (``ffnfold models get NAME -o DIR`` makes such a folder); what is printed is measured on
 report/, which nothing was fitted to or chosen on. The loss is the increase of the mean negative log-likelihood of the next token
@@ -61,6 +63,12 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
     found["thin matrices"] = ("ours", [f"factorize-ffn:ratio={left}"])
     found["thin matrices, ranks spread"] = ("ours", [f"factorize-ffn:ratio={left},spread=sensitivity"])
     found["SVD-LLM"] = ("baseline", [f"factorize-ffn:ratio={left},target=own,weight=none"])
+    found["zeros"] = ("ours", [f"sparsify-ffn:ratio={1 - left}"])
+    found["zeros by SparseGPT"] = ("baseline", [f"sparsify-ffn:ratio={1 - left},target=own,weight=none"])
+    found["zeros by Wanda"] = ("baseline", [f"sparsify-ffn:ratio={1 - left},method=wanda,target=own,weight=none"])
+    if left > 0.25:
+        found["loud neurons, the rest thin"] = ("ours", [f"split-ffn:keep=0.25,ratio={(left - 0.25) / 0.75:.4f}"])
+    found["bilinear"] = ("ours", ["bilinear-ffn"] if first.gated else [f"bilinear-ffn:blocks={mapped}", "fuse-matmul"])
     found["plain SVD"] = ("baseline", [f"factorize-ffn:ratio={left},whiten=false"])
     if not first.gated:
         found["TARDIS lines"] = ("baseline", [f"linearize-ffn:fit=neuron,weight=none,blocks={mapped}", "fuse-matmul"])
@@ -100,11 +108,13 @@ def main() -> int:
     parser.add_argument("feeds", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--left", type=float, nargs="+", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--fit", type=int, help="use this many fitting feeds (default: all)")
     parser.add_argument("--only", nargs="+", help="names of members and baselines")
     arguments = parser.parse_args()
     model = ffnfold.load(arguments.model)
     specs = input_specs(model)
     fit, choose, report = (load_feeds(arguments.feeds / part, specs) for part in ("fit", "choose", "report"))
+    fit = fit[:arguments.fit]
     blocks = list(ffnfold.find_ffn_blocks(model))
     result: dict[str, Any] = {"model": arguments.model.parent.name, "rows": []}
     if arguments.json.is_file():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from .region import NORMS, Leaf
 from .shapes import ALIASES
 
 Indices = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+Project = Callable[[Leaf, Array, "Array | None", str], gs.Tensor]  # of the block's input, by a matrix and a bias
 _RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 
@@ -41,18 +44,19 @@ def why_not_narrow(block: FFNBlock) -> str | None:
     return None
 
 
-def narrow(model: Model, block: FFNBlock, neurons: Indices) -> gs.Tensor:
+def narrow(model: Model, block: FFNBlock, neurons: Indices, project: Project | None = None) -> gs.Tensor:
     """Add what computes ``h[..., neurons]`` from the block's input, and nothing that reads it yet.
 
     Args:
         neurons: ``[k]``, in the order wanted.
+        project: adds a projection, given its leaf, its matrix ``[d_model, k]``, its bias and a name; None: as a plain linear.
 
     Returns:
         The value ``[*, k]`` (features on the block's axis).
     """
     values: dict[int, gs.Tensor] = {}
     for number, leaf in enumerate(block.region.leaves):
-        values[id(leaf.tensor)] = _projection(model, block, leaf, neurons, f"leaf_{number}")
+        values[id(leaf.tensor)] = _projection(model, block, leaf, neurons, f"leaf_{number}", project)
     for node in block.region.steps:
         if node.op in _RESHAPES:
             values[id(node.outputs[0])] = values[id(node.inputs[0])]
@@ -71,11 +75,14 @@ def _attributes(node: gs.Node) -> dict[str, Any]:
     return dict(node.attrs)
 
 
-def _projection(model: Model, block: FFNBlock, leaf: Leaf, neurons: Indices, hint: str) -> gs.Tensor:
+def _projection(model: Model, block: FFNBlock, leaf: Leaf, neurons: Indices, hint: str,
+                project: Project | None) -> gs.Tensor:
     linear = leaf.linear
     columns = neurons if leaf.columns is None else leaf.columns[neurons]
     weight = np.ascontiguousarray(linear.weight()[:, columns])
     bias = None if linear.bias is None else linear.bias()[columns]
+    if project is not None:
+        return project(leaf, weight, bias, hint)
     build = Builder(model, block.graph, block.name, linear.onnx_type)
     return build.linear(block.input, weight, bias, axis=block.axis, hint=hint)
 

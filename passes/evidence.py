@@ -13,13 +13,14 @@ stated in y, and the target is y_original, or what the block itself gives now.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_graphsurgeon as gs
 
 from ..graph.ffn import FFNBlock, find_ffn_blocks
 from ..graph.model import Model
@@ -115,6 +116,24 @@ class Streams:
         if self._resume is not None and not kept:
             self._resume.save(found.fit, found.held_out, found.beside)
         return found
+
+    def tokens(self, block: FFNBlock, tensors: Sequence[gs.Tensor], axes: Sequence[int],
+               weight: str) -> Iterator[tuple[list[Array], Array]]:
+        """For each feed the values of ``tensors`` as they are now, ``[rows, features]`` each, and the weights of the rows.
+
+        Args:
+            tensors: of the block; axes: where each has its features, counted from the end.
+        """
+        wanted = [*tensors, block.output, *weight_values(block, weight)]
+        places = [*axes, *[block.axis] * (len(wanted) - len(axes))]
+        for values in self._now.rows([tensor.name for tensor in wanted], places):
+            found, (y, *others) = values[:len(tensors)], values[len(tensors):]
+            weights = token_weights(block, y, others, weight)
+            good = np.isfinite(weights)
+            for each in found:
+                good &= np.isfinite(each).all(axis=1)
+            if good.any():
+                yield [each[good] for each in found], weights[good]
 
     def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str,
               target: Target) -> Iterator[tuple[list[Array], Array, Array, Array]]:

@@ -151,17 +151,14 @@ class Linearwise:
         tied = len(self._readers(linear)) > 1
         down = linear is block.down.linear
         centred = self.centred and not tied and (block.down.has_bias if down else bias is not None)
-        everything = evidence.everything()
-        moments = _features(everything, prior, centred)
-        mean = moments.mean_f if centred else None
-        if not down or tied or self.target == "own":
-            return Task(linear, prior, moments.ff, bias, mean)
-        wanted, offset = _refitted(evidence, everything, moments, prior, centred)
-        if not centred:
-            return Task(linear, wanted, moments.ff, bias)
-        for extra in block.down.extra_bias:  # stays where it is, behind the linear
-            offset = offset - extra().reshape(-1)
-        return Task(linear, wanted, moments.ff, offset, mean)
+        if down and not tied and self.target != "own":
+            task = fitted_task(block, prior, evidence, centred)
+            if task.bias is None:
+                return Task(linear, task.wanted, task.gram, bias)
+            extra = [each().reshape(-1) for each in block.down.extra_bias]  # stays where it is, behind the linear
+            return Task(linear, task.wanted, task.gram, task.bias - np.sum(extra, axis=0) if extra else task.bias, task.mean)
+        moments = _features(evidence.everything(), prior, centred)
+        return Task(linear, prior, moments.ff, bias, moments.mean_f if centred else None)
 
     def _one(self, block: FFNBlock, task: Task, compress: Compress) -> bool:
         linear = task.linear
@@ -206,15 +203,35 @@ def _features(moments: Scatter, prior: Array, centred: bool) -> Features:
     return Features(found.ff + np.outer(f, f), found.ft + np.outer(f, t), found.tt + float(t @ t), 0 * f, 0 * t, 0, prior)
 
 
-def _refitted(evidence: Evidence, everything: Scatter, moments: Features, prior: Array, centred: bool) -> tuple[Array, Array]:
-    """W* and its c, λ chosen on tokens held out."""
+def fitted_task(block: FFNBlock, prior: Array, evidence: Evidence, centred: bool) -> Task:
+    """The task of the down projection as a whole, all its constants included, towards the target that ``evidence`` holds.
+
+    Args:
+        prior: the matrix that it has now, ``[d_ff, d_out]``, which the one wanted is held near to. λ is chosen on tokens held
+            out.
+    """
     neurons = np.arange(len(prior))
+    moments = _features(evidence.everything(), prior, centred)
     halves = bool(evidence.fit.rows and evidence.held_out.rows)
     fit = _features(evidence.fit, prior, centred) if halves else moments
     held_out = _features(evidence.held_out, prior, centred) if halves else None
     ridge, _ = choose_ridge(fit, held_out, neurons)
     matrix = moments.solve(neurons, ridge)
-    return matrix, np.asarray(moments.mean_t - moments.mean_f @ matrix)
+    if not centred:
+        return Task(block.down.linear, matrix, moments.ff)
+    return Task(block.down.linear, matrix, moments.ff, np.asarray(moments.mean_t - moments.mean_f @ matrix), moments.mean_f)
+
+
+def change_hidden(model: Model, block: FFNBlock, value: gs.Tensor, matrix: Array, context: Context) -> None:
+    """Let the down projection multiply ``value`` (neurons, as many as before) by ``matrix`` from now on, with its own bias."""
+    hidden, down = block.hidden, block.down.linear
+    put_matrices(model, block, down, [matrix], None if down.bias is None else down.bias())
+    old = producer(hidden)
+    take_over(hidden, value)
+    hidden.shape = None
+    remove_dead(block.graph, [old] if old is not None else [])
+    if context.streams is not None:
+        context.streams.rewritten(hidden.name)
 
 
 def put_matrices(model: Model, block: FFNBlock, linear: Linear, matrices: Sequence[Array],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..graph.errors import InputError
 from . import options
 from .base import Pass
+from .bilinear_ffn import BilinearFFN
 from .canonicalize_ffn import CanonicalizeFFN
 from .clean_up import CleanUp
 from .dedupe_weights import DedupeWeights
@@ -23,11 +24,12 @@ from .remove_ffn import RemoveFFN
 from .remove_layer import RemoveLayer
 from .slim_ffn import SlimFFN
 from .sparsify_ffn import SparsifyFFN
+from .split_ffn import SplitFFN
 from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN,
-    MergeLinears, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, SlimFFN, SparsifyFFN, ToHalf)}
+    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN,
+    MergeLinears, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

@@ -2,7 +2,7 @@
 
     python benchmarks/approximations.py MODEL FEEDS --json FILE [--left 0.75 0.5 0.25] [--fit N] [--only NAME...]
 
-Zeros count as parameters that are gone, though they stay in the file; a gated block made bilinear keeps all.
+Of weights with zeros the part ``left`` is not zero, but all stay in the file; a gated block made bilinear keeps all.
 
 FEEDS holds fit/, choose/ and report/ (``ffnfold models get NAME -o DIR`` makes such a folder); what is printed is measured on
 report/, which nothing was fitted to or chosen on. The loss is the increase of the mean negative log-likelihood of the next token

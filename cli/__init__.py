@@ -12,6 +12,7 @@ import click
 from .. import __version__
 
 _COMMANDS = {"inspect": "Find the FFN blocks of models.", "optimize": "Rewrite a model by a plan, and verify it.",
+             "search": "Find the fastest plan within limits on the drift.",
              "verify": "Measure how far a model moved from its reference.", "bench": "Time models against each other.",
              "passes": "List the passes and their options.", "models": "List and fetch sample models.",
              "demo": "Do the whole job on a real model."}

@@ -21,6 +21,7 @@ from ..runtime.specs import input_specs
 from .base import PassResult
 from .contributions import Contributions
 from .exact_part import ExactPart, moved
+from .kept_fits import Fits
 from .per_block import drift_per_block
 from .plan import Plan
 from .resume import Resume
@@ -45,6 +46,8 @@ class Job:
         detailed: also the drift of each block, what each pass contributed, and the time of each run.
         cache: where moments are kept, so that the same job, killed and started again, goes on from there; None: nowhere.
         external: weights in a data file; None: as the input has them.
+        split: the feeds at ``data``, divided already; None: as the plan needs them.
+        fits: fits of single blocks that other plans have made, on the same feeds; None: none.
     """
 
     model: Path
@@ -62,6 +65,8 @@ class Job:
     detailed: bool = False
     cache: Path | None = None
     external: bool | None = None
+    split: Split | None = None
+    fits: Fits | None = None
 
 
 def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: None) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     Raises:
         InputError: bad input; nothing is written then.
     """
-    _check_places(job)
+    check_places(job)
     progress(f"reading {job.model}")
     model = Model.load(job.model)
     split = _feeds(job, model)
@@ -97,7 +102,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
 
     results = run_plan(model, job.plan, fit=fitting.fit if fitting else None, choose=fitting.choose if fitting else None,
                        provider=job.provider, threads=job.threads, progress=progress, resume=resume,
-                       after=after)
+                       after=after, fits=job.fits)
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
@@ -131,7 +136,12 @@ def _resume(job: Job, fitting: Split | None, fingerprint: InputHash) -> Resume |
     return Resume(job.cache, identity, [fitting.fit, fitting.choose])
 
 
-def _check_places(job: Job) -> None:
+def check_places(job: Job) -> None:
+    """Check before the work that the output can be written, and that there are the feeds that the job needs.
+
+    Raises:
+        InputError: it cannot, or there are none.
+    """
     if not os.path.isdir(job.output.parent):  # unlike Path.is_dir it does not fail on a name that is too long
         raise InputError(f"{job.output}: there is no folder '{job.output.parent}': make it first")
     if os.path.isdir(job.output):
@@ -144,6 +154,8 @@ def _check_places(job: Job) -> None:
 
 
 def _feeds(job: Job, model: Model) -> Split | None:
+    if job.split is not None:
+        return job.split
     if job.data is not None:
         return load_split(job.data, input_specs(model), bool(job.plan.needs_feeds))
     if job.synthetic:

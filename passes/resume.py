@@ -41,7 +41,7 @@ class Resume:
         digest = hashlib.sha256(repr((*versions, sorted(identity.items()))).encode())
         for sequence in feeds:
             for feed in sequence:
-                _hash(digest, feed)
+                hash_feed(digest, feed)
         self.folder = folder / digest.hexdigest()[:32]
         self._number = -1
         try:
@@ -75,15 +75,16 @@ class Resume:
         return self.folder / f"{self._number:04d}.npz"
 
 
-def _hash(digest: Any, value: Any) -> None:
+def hash_feed(digest: Any, value: Any) -> None:
+    """Add a feed, or a value of one, to a hash."""
     if isinstance(value, Mapping):
         for name in sorted(value):
             digest.update(repr(name).encode())
-            _hash(digest, value[name])
+            hash_feed(digest, value[name])
     elif isinstance(value, (list, tuple)):
         digest.update(repr(len(value)).encode())
         for each in value:
-            _hash(digest, each)
+            hash_feed(digest, each)
     else:
         array = np.asarray(value)
         digest.update(repr((array.dtype.str, array.shape)).encode())

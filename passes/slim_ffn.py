@@ -168,9 +168,10 @@ class SlimFFN(BlockPass):
 
     def fit(self, block: FFNBlock, evidence: Evidence, width: int) -> NeuronFit:
         """The ``width`` neurons that stay, and what they are refitted to. With none ``evidence`` is of the inputs alone."""
-        everything = self._features(block, evidence, neurons=width > 0)
+        known = len(evidence.fit.widths or evidence.held_out.widths) > (2 if self.affine else 1)
+        everything = self._features(block, evidence, neurons=known)
         prior, inputs = everything.prior, everything.inputs
-        neurons = select_neurons(self.select, everything, width, _GREEDY_RIDGE)
+        neurons = select_neurons(self.select, everything, width, _GREEDY_RIDGE) if width else np.zeros(0, np.int64)
         if self.refit != "ridge":
             bias = block.down.bias()
             return keep_rows(everything, neurons, correct_bias=self.refit == "bias",

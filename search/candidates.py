@@ -1,0 +1,109 @@
+"""What may become of a block, and the plan that makes it so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..graph.ffn import FFNBlock
+from ..passes.base import Pass
+from ..passes.blocks import Blocks
+from ..passes.plan import EXACT_PLAN, Plan
+from ..passes.quantize_ffn import QuantizeFFN
+from ..passes.remove_ffn import RemoveFFN
+from ..passes.slim_ffn import SlimFFN
+
+OTHERS = -1
+"""The unit that stands for the linears outside FFN blocks, those of attention."""
+_EIGHTHS = (1, 2, 3, 4, 5, 6)
+_FEW_EIGHTHS = (2, 4)
+_FORMS: dict[str, dict[str, object]] = {
+    "int8": {"form": "dynamic"}, "int8-plain": {"form": "dynamic", "row_scale": "false"}, "8-bit": {"form": "nbits"},
+    "4-bit": {"bits": 4}, "stored-8-bit": {"form": "weight-only"}}
+_OF_TARGET = {"cpu": ("int8", "int8-plain", "8-bit", "4-bit"), "cuda": ("8-bit", "4-bit", "stored-8-bit")}
+_PAIRED = {"cpu": ("int8",), "cuda": ("8-bit",)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What may become of a unit: an FFN block, or the linears outside them.
+
+    Attributes:
+        neurons: how many stay, beside an affine map of the input; 0: the affine map alone; None: all, as they are.
+        removed: the block is gone, its mean kept.
+        form: how weights are stored and multiplied; empty: as they are.
+    """
+
+    neurons: int | None = None
+    removed: bool = False
+    form: str = ""
+
+    def __str__(self) -> str:
+        body = "removed" if self.removed else "" if self.neurons is None else f"slim-{self.neurons}" if self.neurons else "affine"
+        return "+".join(part for part in (body, self.form) if part) or "keep"
+
+    @property
+    def fitted(self) -> bool:
+        """Whether feeds are fitted to."""
+        return self.neurons is not None
+
+
+KEEP = Candidate()
+Choice = Mapping[int, Candidate]
+"""Unit → what becomes of it; units that are kept may be left out."""
+
+
+def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list[Candidate]:
+    """What may become of ``block``, to keep it first. ``few``: two widths only, for a short search."""
+    forms, paired = _OF_TARGET[target], _PAIRED[target]
+    multiple = min(64, 1 << max(0, (block.d_ff // 8).bit_length() - 1))
+    widths = {math.ceil(block.d_ff * part / 8 / multiple) * multiple for part in (_FEW_EIGHTHS if few else _EIGHTHS)}
+    matrices = len(block.linears())
+    whole = matrices * block.d_ff
+    slim = [width for width in sorted(widths) if matrices * width + block.d_model < whole]
+    found = [KEEP, *(Candidate(form=form) for form in forms), *(Candidate(width) for width in (0, *slim))]
+    found += [Candidate(width, form=form) for width in slim for form in paired]
+    return [*found, Candidate(removed=True)]
+
+
+def other_candidates(target: str) -> list[Candidate]:
+    """What may become of the linears outside the blocks."""
+    return [KEEP, *(Candidate(form=form) for form in _OF_TARGET[target])]
+
+
+def exact_passes() -> list[Pass]:
+    """What every plan begins with. Without ``fold-norm``, as in the default plan: it unevens what is rounded after it."""
+    return list(Plan.parse(text for text in EXACT_PLAN if text != "fold-norm"))
+
+
+def quantizing(form: str, target: str, blocks: Blocks, others: bool = False) -> QuantizeFFN:
+    """The pass that writes ``form``."""
+    options = {**_FORMS[form], **({"target": target} if target != "cpu" else {}), **({"also": "attention"} if others else {})}
+    return QuantizeFFN(blocks, **options)  # type: ignore[arg-type]
+
+
+def plan_of(choice: Choice, target: str) -> Plan:
+    """The plan of a choice: what is exact, what is removed, what is fitted (all in one pass), what is quantized."""
+    passes = exact_passes()
+    gone = [unit for unit, each in choice.items() if each.removed]
+    if gone:
+        passes.append(RemoveFFN(_blocks(gone)))
+    widths: dict[int, list[int]] = {}
+    for unit, each in sorted(choice.items()):
+        if each.neurons is not None:
+            widths.setdefault(each.neurons, []).append(unit)
+    if widths:
+        units = [unit for several in widths.values() for unit in several]
+        text = "/".join(f"{width}@{_blocks(several)}" for width, several in sorted(widths.items()))
+        passes.append(SlimFFN(_blocks(units), widths=text, multiple=1))
+    others = choice.get(OTHERS, KEEP).form
+    for form in _FORMS:
+        units = [unit for unit, each in choice.items() if each.form == form and unit != OTHERS]
+        if units or others == form:
+            passes.append(quantizing(form, target, _blocks(units), others == form))
+    return Plan(tuple(passes))
+
+
+def _blocks(units: list[int]) -> Blocks:
+    return Blocks(tuple(sorted(units)))

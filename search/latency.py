@@ -1,0 +1,160 @@
+"""How long a unit takes on this machine, in each of its forms.
+
+A block is cut out of the model, from the values that it reads of the residual stream to what its residual Add gives, in each form
+that it may take, with weights of the right shape that were not fitted; the cuts are raced against each other on the values that
+real feeds bring there. What was measured holds for every block of the same shape. The linears outside the blocks are not in one
+place: they are raced in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from ..graph.check import prune
+from ..graph.model import Model
+from ..passes.spans import find_spans
+from ..runtime import Feeds, Variant, open_session, race
+from .candidates import KEEP, OTHERS, Candidate
+from .workshop import Workshop
+
+_SECONDS = 0.4  # of a race of cut blocks, for each
+_SECONDS_WHOLE = 1.5  # of a race of whole models, for each
+_ROUNDS = 9  # at least, of a race
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Feeds of one shape, and how often it comes.
+
+    Attributes:
+        name: the shape, for people and for the cache.
+    """
+
+    name: str
+    feeds: Feeds
+    weight: float = 1.0
+
+
+def race_whole(models: Sequence[Model], traffic: Sequence[Traffic], *, target: str, threads: int | None) -> list[float]:
+    """Time of each model over that of the first, over all shapes: Σ weight · t / Σ weight · t_first. The first is 1."""
+    totals = [0.0] * len(models)
+    for each in traffic:
+        found = race([Variant(model, str(number)) for number, model in enumerate(models)], each.feeds, provider=target,
+                     threads=threads, seconds=_SECONDS_WHOLE * len(models), min_rounds=_ROUNDS, allow_cpu=True)
+        first = found["models"][0]["p50_ms"] * each.weight
+        totals[0] += first
+        for number, ratio in enumerate(found["ratios"], 1):
+            totals[number] += first / ratio["speedup"]
+    return [total / totals[0] for total in totals]
+
+
+def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tuple[float, float]:
+    """Time of the original and of the model after the exact passes, in ms, over all shapes: Σ weight · t."""
+    total = 0.0
+    for each in traffic:
+        found = race([workshop.original], each.feeds, provider=workshop.target, threads=workshop.threads, seconds=_SECONDS_WHOLE,
+                     min_rounds=_ROUNDS, allow_cpu=True)
+        total += found["models"][0]["p50_ms"] * each.weight
+    if not workshop.fired:
+        return total, total
+    _, ratio = race_whole([workshop.original, workshop.base.copy()], traffic, target=workshop.target, threads=workshop.threads)
+    return total, total * ratio
+
+
+def saved_by_others(workshop: Workshop, each: Candidate, traffic: Sequence[Traffic]) -> float | None:
+    """What a form of the other linears saves of the base's time, as a part of it; None where it cannot be done."""
+    trial = workshop.rewritten({OTHERS: each}, {})
+    if trial is None:
+        return None
+    return 1.0 - race_whole([workshop.base.copy(), trial], traffic, target=workshop.target, threads=workshop.threads)[1]
+
+
+def block_key(workshop: Workshop, unit: int) -> str:
+    """What the latency of a block depends on."""
+    block = workshop.blocks[unit]
+    return (f"{block.d_model} {block.d_ff} {block.d_out} {block.activation.name} gated={block.gate is not None} "
+            f"bias={block.up.has_bias},{block.down.has_bias} type={block.onnx_type} direct={block.join.direct} "
+            f"norm={block.join.residual is block.input} {block.join.node.op} {'quantized' if block.quantized else ''}")
+
+
+def block_times(workshop: Workshop, unit: int, candidates: Sequence[Candidate],
+                traffic: Sequence[Traffic]) -> dict[Candidate, float | None]:
+    """Milliseconds of a block in each form, over all shapes; None where it cannot be cut out or written so."""
+    made: dict[Candidate, Model] = {}
+    inputs: dict[str, int] = {}
+    found: dict[Candidate, float | None] = dict.fromkeys(candidates)
+    position = _position(workshop, unit)
+    for each in dict.fromkeys([KEEP, *(one for one in candidates if not one.removed)]):
+        fits = {} if each.neurons is None else {unit: workshop.stand_in(unit, each.neurons)}
+        whole = workshop.base.copy() if each == KEEP else workshop.rewritten({unit: each}, fits)
+        if whole is None:
+            continue
+        span = next((span for span in find_spans(workshop.base.copy(), whole).spans if span.index == position), None)
+        if span is None:
+            continue
+        if each == KEEP:
+            inputs = _kinds(workshop.base, span.given, workshop)
+        made[each] = cut(whole, span.exits, inputs)
+    if KEEP not in made:
+        return found
+    totals = dict.fromkeys(made, 0.0)
+    for shape in traffic:
+        feeds = _captured(workshop, list(inputs), shape.feeds)
+        used = {name for model in made.values() for name in (info.name for info in model.graph.inputs)}
+        given = [{name: value for name, value in feed.items() if name in used} for feed in feeds]
+        for each, milliseconds in _race_cuts(workshop, made, given).items():
+            totals[each] += milliseconds * shape.weight
+    found.update(totals)
+    return {each: 0.0 if each.removed else found[each] for each in [KEEP, *candidates]}
+
+
+def cut(model: Model, exits: Sequence[str], inputs: Mapping[str, int]) -> Model:
+    """What lies between the values ``inputs`` and ``exits``, as a model."""
+    proto, values = model.to_proto()
+    part = onnx.ModelProto()
+    part.CopyFrom(proto)
+    prune(part.graph, set(exits), inputs)
+    del part.graph.value_info[:]
+    return Model(part, values, model.path, model.external)
+
+
+def _race_cuts(workshop: Workshop, made: Mapping[Candidate, Model], feeds: Sequence[dict[str, object]]) -> dict[Candidate, float]:
+    times = {}
+    kept = made[KEEP]
+    for each, model in made.items():
+        if each == KEEP:
+            continue
+        names = [{info.name for info in one.graph.inputs} for one in (kept, model)]
+        if names[0] != names[1]:
+            continue
+        both = Feeds.of([{name: value for name, value in feed.items() if name in names[0]} for feed in feeds])
+        found = race([Variant(kept, "keep"), Variant(model, str(each))], both, provider=workshop.target, threads=workshop.threads,
+                     seconds=2 * _SECONDS, min_rounds=_ROUNDS, allow_cpu=True)
+        times[each] = (found["models"][0]["p50_ms"], found["ratios"][0]["speedup"])
+    first = min((time for time, _ in times.values()), default=0.0)
+    return {KEEP: first, **{each: first / ratio for each, (_, ratio) in times.items()}}
+
+
+def _position(workshop: Workshop, unit: int) -> int:
+    """Where a block stands among those of the base as it is now."""
+    found = workshop.find(workshop.base.copy(), unit)
+    return -1 if found is None else found.index
+
+
+def _kinds(model: Model, names: Sequence[str], workshop: Workshop) -> dict[str, int]:
+    session = open_session(model, provider=workshop.target, threads=workshop.threads, outputs=list(names), lean=True)
+    kinds = {spec.name: spec.element_type for spec in session.outputs}
+    return {name: kinds[name] for name in names}
+
+
+def _captured(workshop: Workshop, names: Sequence[str], feeds: Feeds) -> list[dict[str, object]]:
+    if not names:  # the block reads the inputs of the model
+        return [dict(feed) for feed in feeds[:2]]
+    session = open_session(workshop.base, provider=workshop.target, threads=workshop.threads, outputs=list(names), only=True,
+                           lean=True)
+    taken = {spec.name for spec in session.inputs}
+    return [{**feed, **session.run({key: value for key, value in feed.items() if key in taken}, names)} for feed in feeds[:2]]
+

@@ -1,0 +1,298 @@
+"""The search: measure each form alone, choose, build what was chosen, measure it, learn, choose again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..graph.errors import BrokenByPass, InputError
+from ..graph.model import Model
+from ..passes.kept_fits import Fits
+from ..passes.optimize import Job, check_places, optimize_file
+from ..passes.plan import Plan
+from ..passes.runner import run_plan
+from .candidates import KEEP, OTHERS, Candidate, Choice, plan_of
+from .choice import choose, text_of
+from .front import Point, front_of
+from .goal import OWN, Row, rows_of
+from .job import SearchJob
+from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_by_others
+from .levels import Problem, levels_of
+from .prediction import Damage, Time
+from .records import Records, default_folder
+from .scoring import Bench, Scored, Setting, weight_bytes
+from .setup import identity_of, traffic_of
+from .workers import cluster, local_pool, run_tasks, tasks_of
+from .yardstick import Yardstick, load_score
+
+_SHORT = 10.0  # minutes; below, fewer widths are tried
+_ALONE = 0.6  # part of the budget for measuring each form alone
+_FASTER = 0.98  # a form must take less of the time of a block to be worth its drift
+Progress = Callable[[str], None]
+
+
+class Search:
+    """One search. See :func:`search_file`."""
+
+    def __init__(self, job: SearchJob, progress: Progress) -> None:
+        if not job.limits and job.min_speedup is None and job.max_bytes is None:
+            raise InputError("say what the model has to be: give --max-drift, --min-speedup or --max-bytes")
+        check_places(Job(job.model, job.output, Plan(())))
+        self.job, self.progress = job, progress
+        self._until = time.monotonic() + 60 * job.minutes
+        self._began = time.monotonic()
+        self.setting = Setting(job.model, job.data, job.target, job.threads, job.perplexity, job.score,
+                               tuple(sorted({each.output for each in job.limits if each.output
+                                             and each.metric in ("kl_mean", "top1", "top5")})))
+        progress(f"reading {job.model}")
+        self.bench = Bench(self.setting, progress)
+        self.rows = self._check_limits()
+        self.traffic = traffic_of(job, self.bench.workshop.original, self.bench.split.choose)
+        folder = job.cache or default_folder()
+        machine, identity = identity_of(job, self.bench)
+        self.records = Records(folder / identity)
+        self.timings = Records(folder / "latency")
+        self._machine = (machine, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
+        self.fits = Fits(folder / identity / "fits")
+        self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
+        self.points: dict[str, Point] = {}
+
+    def _check_limits(self) -> list[Row]:
+        for each in self.job.limits:
+            if each.metric in OWN and getattr(self.job, each.metric) is None:
+                raise InputError(f"limit on {each.metric}: say how it is measured, with --{each.metric}")
+        return rows_of(self.job.limits, self.bench.yardstick.outputs, self.bench.yardstick.logits)
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() > self._until
+
+    def plan(self) -> dict[str, Any]:
+        """What a search would measure, and about how long that takes, in minutes."""
+        shop = self.bench.workshop
+        shapes = {block_key(shop, unit) for unit in shop.blocks}
+        drift = {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
+                 for unit, several in self.candidates.items()}
+        started = time.perf_counter()
+        self.bench.yardstick.measure(shop.base.copy())
+        one = time.perf_counter() - started
+        forward = one / (2 * max(1, len(self.bench.split.choose)))
+        fitted = sum(any(each.fitted for each in several) for several in drift.values())
+        fit = 4 * forward * len(self.bench.split.fit)
+        alone = sum(map(len, drift.values())) * 1.5 * one + fit * (1 if fitted else 0)
+        latency = len(shapes) * len(self.traffic) * 20 + 40
+        return {"model": str(self.job.model), "dry_run": True, "ffn_blocks": len(shop.blocks), "block_shapes": len(shapes),
+                "candidates": {str(unit) if unit != OTHERS else "attention": list(map(str, several))
+                               for unit, several in self.candidates.items()},
+                "measurements": {"drift": sum(map(len, drift.values())), "latency": sum(len(self.candidates[unit])
+                                 for unit in {block_key(shop, unit): unit for unit in shop.blocks}.values())},
+                "minutes": {"alone": round((alone + latency) / 60, 2), "each_plan": round((fit + one + latency / 4) / 60, 2),
+                            "budget": self.job.minutes}}
+
+    def run(self) -> dict[str, Any]:
+        """Search, write the best model, and report."""
+        self._latency()
+        self._alone()
+        self._explore()
+        return self._finish()
+
+    def _latency(self) -> None:
+        shop = self.bench.workshop
+        self.progress("timing the model")
+        self.base_ms = self.records.measure(lambda: milliseconds_of_base(shop, self.traffic), "base", self._machine)
+        self.saved: dict[tuple[int, Candidate], float] = {}
+        whole = self.base_ms[0]
+        for unit, several in self.candidates.items():
+            if unit == OTHERS:
+                for each in several[1:]:
+                    self.progress(f"timing attention: {each}")
+                    part = self.records.measure(lambda each=each: [saved_by_others(shop, each, self.traffic)],
+                                                "others", str(each), self._machine)[0]
+                    if part is not None:
+                        self.saved[unit, each] = part * self.base_ms[1] / whole
+            else:
+                self.progress(f"timing block {unit}")
+                names = [str(each) for each in several]
+                times = self.timings.measure(
+                    lambda unit=unit, several=several: {str(each): value for each, value in
+                                                        block_times(shop, unit, several, self.traffic).items()},
+                    "block", block_key(shop, unit), names, self._machine)
+                kept = times.get(str(KEEP))
+                for each in several:
+                    if kept is not None and times.get(str(each)) is not None:
+                        self.saved[unit, each] = (kept - times[str(each)]) / whole
+            self.saved[unit, KEEP] = 0.0
+            slow = (1 - _FASTER) * max((value for (other, _), value in self.saved.items() if other == unit), default=0.0)
+            self.candidates[unit] = [each for each in several if each == KEEP or (
+                (unit, each) in self.saved and (self.saved[unit, each] > slow or self.job.max_bytes is not None))]
+
+    def _alone(self) -> None:
+        wanted = {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
+                  for unit, several in self.candidates.items()}
+        cheap = {unit: [each for each in several if not each.fitted] for unit, several in wanted.items()}
+        fitted = {unit: [each for each in several if each.fitted] for unit, several in wanted.items()}
+        for part in (cheap, fitted):
+            self._score({unit: several for unit, several in part.items() if several})
+        self.alone: dict[tuple[int, Candidate], Scored] = {}
+        for unit, several in self.candidates.items():
+            for each in several:
+                found = self.records.get("alone", unit, str(each)) if each != KEEP else None
+                if found is not None and "drift" in found:
+                    self.alone[unit, each] = found
+            self.candidates[unit] = [KEEP, *(each for each in several if (unit, each) in self.alone)]
+
+    def _score(self, wanted: dict[int, list[Candidate]]) -> None:
+        limit = self._began + _ALONE * 60 * self.job.minutes
+
+        def enough() -> bool:
+            return time.monotonic() > limit
+
+        def keep(unit: int, each: Candidate, scored: Scored) -> None:
+            self.records.put(scored, "alone", unit, str(each))
+
+        if not wanted:
+            return
+        if self.job.scheduler is not None:
+            with cluster(self.job.scheduler, self.setting) as (pool, workers, setting):
+                run_tasks(tasks_of(wanted, workers), setting, pool, keep, enough)
+        elif self.job.workers > 1:
+            run_tasks(tasks_of(wanted, self.job.workers), self.setting, lambda: local_pool(self.job.workers), keep, enough)
+        else:
+            for unit, each in ((unit, each) for unit, several in wanted.items() for each in several):
+                if enough():
+                    return
+                self.progress(f"drift of {'attention' if unit == OTHERS else f'block {unit}'}: {each}")
+                keep(unit, each, self.bench.score(unit, each))
+
+    def _explore(self) -> None:
+        laws = []
+        for row in self.rows:
+            alone = {item: row.damage(found["drift"]) for item, found in self.alone.items()}
+            laws.append(Damage({**alone, **{(unit, KEEP): 0.0 for unit in self.candidates}}))
+        bytes_of = {**{item: float(found["bytes"]) for item, found in self.alone.items()},
+                    **{(unit, KEEP): 0.0 for unit in self.candidates}}
+        clock = Time(self.base_ms[1] / self.base_ms[0], {item: value for item, value in self.saved.items()
+                                                         if item[1] == KEEP or item in self.alone})
+        self.problem = Problem(self.candidates, self.rows, laws, clock, bytes_of, weight_bytes(self.bench.workshop.base))
+        self._visit(dict.fromkeys(self.candidates, KEEP))
+        levels = levels_of(self.job)
+        tried = dict.fromkeys(range(len(levels)), 0)
+        while not self.over:
+            fresh = None
+            for number, level in enumerate(levels):
+                if tried[number] >= level.most:
+                    continue
+                choice = choose(self.candidates, *self.problem.program(level))
+                if choice is not None and text_of(choice) not in self.points:
+                    fresh, tried[number] = choice, tried[number] + 1
+                    break
+            if fresh is None:
+                return
+            self._visit(fresh)
+
+    def _visit(self, choice: Choice) -> None:
+        """Build and measure a choice, and learn from it."""
+        plan = plan_of(choice, self.job.target)
+        expected = self.problem.expected(choice)
+        self.progress(f"plan {len(self.points) + 1}: {text_of(choice)}")
+        found = self.records.measure(lambda: self._build(plan), "plan", plan.to_yaml(), self._machine)
+        if "refused" in found:
+            self.points[text_of(choice)] = Point(dict(choice), plan, {}, math.inf, 0, expected)
+            return
+        self.points[text_of(choice)] = Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected)
+        good = [point for point in self.points.values() if math.isfinite(point.time)]
+        for row, law in zip(self.rows, self.problem.laws, strict=True):
+            law.learn([(point.choice, row.damage(point.drift)) for point in good])
+        self.problem.clock.learn([(point.choice, point.time) for point in good])
+
+    def _build(self, plan: Plan) -> dict[str, Any]:
+        model = Model.load(self.job.model)
+        split = self.bench.split
+        try:
+            run_plan(model, plan, fit=split.fit, choose=split.choose, provider=self.job.target, threads=self.job.threads,
+                     progress=self.progress, fits=self.fits)
+            drift = self.bench.yardstick.measure(model)
+        except (InputError, BrokenByPass) as error:
+            return {"refused": " ".join(str(error).split())[:200]}
+        self.progress("timing the plan")
+        times = race_whole([self.bench.workshop.original, model], self.traffic, target=self.job.target, threads=self.job.threads)
+        return {"drift": drift, "time": times[1], "bytes": weight_bytes(model)}
+
+    def _finish(self) -> dict[str, Any]:
+        job = self.job
+        points = [point for point in self.points.values() if math.isfinite(point.time)]
+        best = self.problem.best(points, job)
+        own = [each for each in job.limits if each.metric in OWN]
+        report = optimize_file(Job(job.model, job.output, best.plan, data=job.data, provider=job.target, threads=job.threads,
+                                   limits=[each for each in job.limits if each not in own], external=job.external, allow_cpu=True,
+                                   split=self.bench.split, fits=self.fits), self.progress)
+        self._own_metrics(report, own)
+        speedup, size = 1 / best.time, report["bytes"]["after"]
+        if job.min_speedup is not None and speedup < job.min_speedup:
+            report["notes"].append(f"a limit was missed: the speed-up is {speedup:.3f}, should be at least {job.min_speedup:g}")
+            report["ok"] = False
+        if job.max_bytes is not None and size > job.max_bytes:
+            report["notes"].append(f"a limit was missed: the size is {size} bytes, should be at most {job.max_bytes}")
+            report["ok"] = False
+        report["speedup"] = speedup
+        report["front"] = [point.to_json(self.rows, point is best) for point in front_of(points, self.rows)]
+        if best.plan not in [point.plan for point in front_of(points, self.rows)]:
+            report["front"].append(best.to_json(self.rows, True))
+        report |= {"points": [point.to_json(self.rows, point is best) for point in points],
+                   "measured": self.records.measured + self.timings.measured,
+                   "reused": self.records.reused + self.timings.reused, "seconds": round(time.monotonic() - self._began, 1)}
+        _write(job.output.parent / "plan.yaml", best.plan.to_yaml())
+        told = {"model": str(job.model), "target": job.target, "machine": self._machine[0], "front": report["front"],
+                "points": report["points"]}
+        _write(job.output.parent / "front.json", json.dumps(told, indent=1) + "\n")
+        return report
+
+    def _own_metrics(self, report: dict[str, Any], own: list[Any]) -> None:
+        """Perplexity and the user's score, on the feeds that report."""
+        if self.job.perplexity is None and self.job.score is None:
+            return
+        yardstick = Yardstick(self.bench.workshop.original, self.bench.split.report, provider=self.job.target,
+                              threads=self.job.threads, perplexity=self.job.perplexity,
+                              score=load_score(self.job.score) if self.job.score else None)
+        drift = yardstick.measure(Model.load(self.job.output))
+        report["own"] = drift["model"]
+        for limit in own:
+            value = drift["model"][limit.metric]
+            if value is None or not value <= limit.value:
+                report["notes"].append(f"a limit was missed: {limit.metric} is {value}, should be at most {limit.value:g}")
+                report["ok"] = False
+
+
+def search_file(job: SearchJob, progress: Progress = lambda message: None, *, dry_run: bool = False) -> dict[str, Any]:
+    """Find the fastest model within limits, and write it.
+
+    Returns:
+        ``optimize``'s object of the best plan, and ``front``: the plans that no other beats in both drift and time, each with
+        ``plan``, ``drift`` (on feeds that neither fitted nor report), ``speedup``, ``bytes``, ``predicted`` and ``chosen``;
+        ``points``: all plans that were measured; ``measured`` and ``reused``: how many measurements were made and were there.
+        With ``dry_run`` what would be measured, and nothing is written.
+
+    Raises:
+        InputError: bad input; nothing is written then.
+    """
+    search = Search(job, progress)
+    return search.plan() if dry_run else search.run()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise InputError(f"{path}: cannot be written ({error.strerror}): choose another folder") from None
+

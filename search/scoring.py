@@ -1,0 +1,117 @@
+"""The drift of each form of each unit, measured alone: replace one, keep the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..graph.errors import BrokenByPass, InputError
+from ..graph.model import Model
+from ..passes.evidence import Evidence
+from ..passes.neuron_fit import NeuronFit
+from ..passes.split import Split, load_split
+from ..runtime.specs import input_specs
+from .candidates import Candidate
+from .workshop import Workshop
+from .yardstick import Yardstick, load_score
+
+Scored = dict[str, Any]
+"""``drift`` and ``bytes`` more than the base, or ``refused`` and why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the drift of a candidate depends on, small enough to be sent to a worker.
+
+    Attributes:
+        model, data: files, as the client sees them.
+        folder: where a worker finds copies of them if it has no such files.
+    """
+
+    model: Path
+    data: Path
+    target: str
+    threads: int | None
+    perplexity: str | None = None
+    score: str | None = None
+    logits: tuple[str, ...] = ()
+    folder: str = ""
+
+
+class Bench:
+    """A workshop and a yardstick over one model, and the moments of the block in work.
+
+    Raises:
+        InputError: the model or the feeds cannot be read.
+    """
+
+    def __init__(self, setting: Setting, progress: Callable[[str], None] = lambda message: None) -> None:
+        model, data = _here(setting)
+        original = Model.load(model)
+        self.split: Split = load_split(data, input_specs(original), True)
+        self.workshop = Workshop(model, self.split.fit, setting.target, setting.threads, progress)
+        self.yardstick = Yardstick(original, self.split.choose, provider=setting.target, threads=setting.threads,
+                                   logits=setting.logits, perplexity=setting.perplexity,
+                                   score=load_score(setting.score) if setting.score else None)
+        self._bytes = weight_bytes(self.workshop.base)
+        self._unit: int | None = None
+        self._evidence: Evidence | None = None
+        self._coming: Any = None
+
+    def score(self, unit: int, each: Candidate) -> Scored:
+        """Measure one candidate."""
+        try:
+            fits: dict[int, NeuronFit] = {}
+            if each.neurons is not None:
+                evidence = self._moments(unit)
+                if not evidence.rows:
+                    return {"refused": "no token of the feeds reached it"}
+                fits[unit] = self.workshop.fit(unit, each.neurons, evidence)
+            trial = self.workshop.rewritten({unit: each}, fits)
+            if trial is None:
+                return {"refused": "the pass refuses it"}
+            return {"drift": self.yardstick.measure(trial), "bytes": weight_bytes(trial) - self._bytes}
+        except (InputError, BrokenByPass, ValueError) as error:
+            return {"refused": " ".join(str(error).split())[:200]}
+
+    def _moments(self, unit: int) -> Evidence:
+        if self._unit == unit and self._evidence is not None:
+            return self._evidence
+        self._evidence = None  # let go of it before the next is made
+        order = list(self.workshop.blocks)
+        if self._coming is None or self._unit is None or order.index(unit) < order.index(self._unit):
+            self._coming = self.workshop.evidence(order)
+        for index, evidence in self._coming:
+            if index == unit:
+                self._unit, self._evidence = unit, evidence
+                return evidence
+        raise InputError(f"there is no block {unit}")
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all weights of ``model`` as it stands."""
+    proto, weights = model.session_parts()
+    return len(proto) + sum(each.nbytes for each in weights.values())
+
+
+@lru_cache(maxsize=1)
+def bench_of(setting: Setting) -> Bench:
+    """The bench of this process."""
+    return Bench(setting)
+
+
+def score_several(setting: Setting, unit: int, several: Sequence[Candidate]) -> list[tuple[Candidate, Scored]]:
+    """What a worker does at once: candidates of one unit, which share their moments."""
+    bench = bench_of(setting)
+    return [(each, bench.score(unit, each)) for each in several]
+
+
+def _here(setting: Setting) -> tuple[Path, Path]:
+    if setting.folder and not setting.model.exists():
+        folder = Path(os.path.expanduser(setting.folder))
+        return folder / setting.model.name, folder / "feeds"
+    return setting.model, setting.data

@@ -1,0 +1,126 @@
+"""The model after the exact passes, and copies of it with one unit rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from ..graph.ffn import FFNBlock, find_ffn_blocks
+from ..graph.model import Model
+from ..passes.base import Context
+from ..passes.blocks import Blocks
+from ..passes.evidence import Evidence, Streams
+from ..passes.ledger import Ledger
+from ..passes.measure import unmeasurable
+from ..passes.neuron_fit import NeuronFit
+from ..passes.plan import Plan
+from ..passes.remove_ffn import RemoveFFN
+from ..passes.runner import run_plan
+from ..passes.slim_ffn import SlimFFN
+from ..runtime import Feeds
+from .candidates import OTHERS, Candidate, block_candidates, exact_passes, other_candidates, quantizing
+
+_ENOUGH_FOR_A_MEAN = 8  # feeds
+
+
+class Workshop:
+    """Makes the models whose drift and latency are measured.
+
+    Attributes:
+        original: the model as it is in the file.
+        base: the same after the exact passes.
+        blocks: index in the file → block in ``base``.
+        fired: exact passes that did something.
+    """
+
+    def __init__(self, path: Path, fit: Feeds, target: str, threads: int | None,
+                 progress: Callable[[str], None] = lambda message: None) -> None:
+        self.original = Model.load(path)
+        self.base = Model.load(path)
+        self.target, self.threads, self.progress = target, threads, progress
+        self._fit = fit
+        ledger = Ledger(self.base)
+        exact = exact_passes()
+        results = run_plan(self.base, Plan(tuple(exact)), provider=target, threads=threads, progress=progress,
+                           after=lambda done: ledger.refresh(exact[done - 1].name))
+        self.fired = sum(result.fired for result in results)
+        self.blocks: dict[int, FFNBlock] = ledger.blocks
+
+    def candidates(self, few: bool = False) -> dict[int, list[Candidate]]:
+        """Unit → what may become of it, as far as is known before it is tried; to keep it first."""
+        found = {}
+        for index, block in self.blocks.items():
+            able = _able(self.base, block)
+            found[index] = [each for each in block_candidates(block, self.target, few=few)
+                            if not (each.fitted or each.removed) or able]
+        return {**found, OTHERS: other_candidates(self.target)}
+
+    def evidence(self, units: Sequence[int]) -> Iterator[tuple[int, Evidence]]:
+        """Moments for the fits of blocks, one after the other, all on the model as it is."""
+        with ExitStack() as stack:
+            context = self._context(self.base)
+            streams = stack.enter_context(Streams(self.base, context))
+            for unit in [index for index in self.blocks if index in units]:
+                self.progress(f"moments of block {unit}")
+                yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=True, weight="auto", target="stream")
+
+    def fit(self, unit: int, width: int, evidence: Evidence) -> NeuronFit:
+        """What ``slim-ffn`` would put in the place of a block."""
+        return SlimFFN(multiple=1).fit(self.blocks[unit], evidence, width)
+
+    def stand_in(self, unit: int, width: int) -> NeuronFit:
+        """Something of the same shape that was not fitted, to be timed."""
+        block = self.blocks[unit]
+        random = np.random.default_rng(0)
+        return NeuronFit(np.arange(width), random.standard_normal((width, block.d_out)) * 0.01,
+                         random.standard_normal((block.d_model, block.d_out)) * 0.01, np.zeros(block.d_out), 0.0, 0.0)
+
+    def rewritten(self, changes: Mapping[int, Candidate], fits: Mapping[int, NeuronFit]) -> Model | None:
+        """A copy of ``base`` with units rewritten; None where a pass refuses one of them.
+
+        Args:
+            fits: for the units that are fitted.
+
+        Raises:
+            InputError: ONNX Runtime fails at what a pass measures.
+        """
+        trial = self.base.copy()
+        for unit, each in changes.items():
+            if each.neurons is not None:
+                block = self.find(trial, unit)
+                if block is None:
+                    return None
+                block.settle()
+                SlimFFN(widths=f"{each.neurons}@{block.index}").rewrite(trial, block, fits[unit], self._context(trial))
+            elif each.removed:
+                block = self.find(trial, unit)
+                if block is None or not RemoveFFN(Blocks((block.index,))).run(trial, self._context(trial, few=True)).fired:
+                    return None
+        for form in dict.fromkeys(each.form for each in changes.values() if each.form):
+            units = [unit for unit, each in changes.items() if each.form == form]
+            found = {unit: self.find(trial, unit) for unit in units if unit != OTHERS}
+            indices = tuple(sorted(block.index for block in found.values() if block is not None))
+            if OTHERS not in units and not indices:
+                continue  # a block of one affine map is among the other linears
+            if not quantizing(form, self.target, Blocks(indices), OTHERS in units).run(trial, self._context(trial)).fired:
+                return None
+        return trial
+
+    def find(self, model: Model, unit: int) -> FFNBlock | None:
+        """The block of ``base`` in a copy of it."""
+        ours = self.blocks[unit]
+        return next((block for block in find_ffn_blocks(model)
+                     if (block.path, block.output.name) == (ours.path, ours.output.name)), None)
+
+    def _context(self, model: Model, few: bool = False) -> Context:
+        fit = self._fit[:_ENOUGH_FOR_A_MEAN] if few else self._fit
+        return Context(fit, fit, self.target, self.threads, ledger=Ledger(model), progress=self.progress)
+
+
+def _able(model: Model, block: FFNBlock) -> bool:
+    """Whether something can be fitted in the block's place."""
+    return SlimFFN(multiple=1).check(block) is None and unmeasurable(model, block) is None
+

@@ -1,0 +1,138 @@
+"""How far a candidate is from the original at the model's outputs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..graph.errors import InputError
+from ..graph.model import Model
+from ..runtime import Feeds, open_session
+from ..runtime.metrics import OutputMetrics
+from ..runtime.padding import Padding
+from ..runtime.specs import Array
+from .goal import WHOLE
+
+_MOST_HELD = 1 << 29  # bytes of the reference's outputs that are kept; beyond, it runs again each time
+Drift = dict[str, dict[str, float | None]]
+Score = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], float]
+
+
+class Yardstick:
+    """Runs the original once, and candidates against it.
+
+    Args:
+        logits: outputs that are logits.
+        perplexity: the output with the logits of the next token; score: the user's own metric.
+
+    Attributes:
+        outputs: the floating-point outputs.
+
+    Raises:
+        InputError: ``perplexity`` is no output, or no feed holds the tokens that it is about.
+    """
+
+    def __init__(self, original: Model, feeds: Feeds, *, provider: str, threads: int | None, logits: Sequence[str] = (),
+                 perplexity: str | None = None, score: Score | None = None) -> None:
+        self._feeds, self._options = feeds, {"provider": provider, "threads": threads}
+        self._session = open_session(original, **self._options)  # type: ignore[arg-type]
+        self.outputs = [spec.name for spec in self._session.outputs if spec.floating]
+        if not self.outputs:
+            raise InputError(f"{original.path}: has no floating-point output to measure the drift of")
+        if perplexity is not None and perplexity not in self.outputs:
+            raise InputError(f"--perplexity {perplexity}: no such output: choose from {', '.join(self.outputs)}")
+        self.logits = {name for name in self.outputs if name in {*logits, "logits", perplexity}}
+        self._perplexity, self._score = perplexity, score
+        self._held: list[dict[str, Any]] | None = []
+
+    def measure(self, candidate: Model) -> Drift:
+        """The metrics of each output, and of the whole model where there are any of it.
+
+        Raises:
+            InputError: ONNX Runtime refuses the candidate, or its outputs have other shapes.
+        """
+        session = open_session(candidate, **self._options)  # type: ignore[arg-type]
+        metrics = {name: OutputMetrics(name in self.logits) for name in self.outputs}
+        losses, scores = np.zeros(2), []
+        count = 0
+        for number, feed in enumerate(self._feeds):
+            ours, theirs = self._reference(number, feed), session.run(feed, self.outputs)
+            padding = Padding(feed)
+            for name in self.outputs:
+                if ours[name].shape != theirs[name].shape:
+                    raise InputError(f"output '{name}' has another shape: {list(theirs[name].shape)}")
+                metrics[name].update(ours[name], theirs[name], padding)
+            if self._perplexity is not None:
+                tokens = tokens_of(feed, ours[self._perplexity])
+                found = [next_token_loss(each[self._perplexity], tokens, feed) for each in (ours, theirs)]
+                losses += [loss for loss, _ in found]
+                count += found[0][1]
+            if self._score is not None:
+                scores.append(float(self._score(ours, theirs, feed)))
+        drift: Drift = {name: {key: _plain(value) for key, value in each.result().items()} for name, each in metrics.items()}
+        if self._perplexity is not None or self._score is not None:
+            change = float(losses[1] - losses[0]) / max(1, count)
+            drift[WHOLE] = {**({"perplexity": _plain(math.exp(min(change, 700.0)))} if self._perplexity is not None else {}),
+                            **({"score": _plain(float(np.mean(scores)))} if scores else {})}
+        return drift
+
+    def _reference(self, number: int, feed: dict[str, Any]) -> dict[str, Any]:
+        if self._held is not None and number < len(self._held):
+            return self._held[number]
+        found = self._session.run(feed, self.outputs)
+        if self._held is not None and number == len(self._held):
+            self._held.append(found)
+            if sum(value.nbytes for each in self._held for value in each.values()) > _MOST_HELD:
+                self._held = None
+        return found
+
+
+def load_score(text: str) -> Score:
+    """The function ``module:function``: reference outputs, candidate outputs, feed → a number, 0 for no difference.
+
+    Raises:
+        InputError: there is none.
+    """
+    module, _, name = text.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"--score {text}: cannot be imported ({error}): write it like package.module:function") from None
+    if not callable(found):
+        raise InputError(f"--score {text}: is no function")
+    return found  # type: ignore[no-any-return]
+
+
+def tokens_of(feed: dict[str, Any], logits: Array) -> Array:
+    """The token ids of a feed that ``logits`` ``[batch, tokens, vocabulary]`` belong to.
+
+    Raises:
+        InputError: no input has their shape.
+    """
+    for name in sorted(feed, key=lambda key: (key != "input_ids", key)):
+        value = feed[name]
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.shape == logits.shape[:-1] and value.ndim:
+            return value
+    raise InputError(f"--perplexity: no input holds token ids of the shape {list(logits.shape[:-1])} that the logits have")
+
+
+def next_token_loss(logits: Array, tokens: Array, feed: dict[str, Any]) -> tuple[float, int]:
+    """−Σ ln p of each token given those before it, and of how many, padding left out."""
+    before = logits[..., :-1, :].astype(np.float64)
+    after = tokens[..., 1:]
+    mask = feed.get("attention_mask")
+    real = np.ones(after.shape, bool)
+    if mask is not None and mask.shape == tokens.shape:
+        real = (mask[..., 1:] > 0) & (mask[..., :-1] > 0)
+    top = before.max(axis=-1)
+    total = top + np.log(np.exp(before - top[..., None]).sum(axis=-1))
+    chosen = np.take_along_axis(before, after[..., None].astype(np.int64), axis=-1)[..., 0]
+    return float((total - chosen)[real].sum()), int(real.sum())
+
+
+def _plain(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value

@@ -15,6 +15,7 @@ from . import options
 from .output import emit, progress
 from .report import print_report, write_report
 from .report_folder import check_folder
+from .short_search import short_search
 
 
 @click.command("optimize")
@@ -44,22 +45,27 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
             strict: bool, no_verify: bool, report_folder: Path | None, cache: Path | None, as_json: bool) -> None:
     """Rewrite MODEL by a plan and write the result to OUT.
 
-    Without -p and --plan the default plan of the target runs, which needs no inputs. With --data (or --synthetic) the
-    drift against MODEL and the speed are measured. Exit code 1 when a limit was missed, 2 on bad input.
+    Without -p and --plan the default plan of the target runs, which needs no inputs; with --max-drift and --data, a search of
+    two minutes for the fastest plan within the limit. With --data (or --synthetic) the drift against MODEL and the speed are
+    measured. Exit code 1 when a limit was missed, 2 on bad input.
     """
     if passes and plan_file is not None:
         raise InputError("give the plan with -p or with --plan, not both")
+    if no_verify and max_drift:
+        raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")
     plan = Plan.load(plan_file) if plan_file else Plan.parse(passes) if passes else default_plan(target)
     job = Job(model, output, plan, data=data, synthetic=synthetic, provider=provider, threads=threads,
               use_tf32=use_tf32, allow_cpu=allow_cpu,
               limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify,
               detailed=report_folder is not None, cache=cache)
-    if no_verify and max_drift:
-        raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")
     if report_folder is not None:
         check_folder(report_folder)
+    searched = bool(max_drift) and not passes and plan_file is None and data is not None and target == provider
     with progress(as_json) as tell:
-        report = optimize_file(job, tell)
+        if searched:
+            report, plan = short_search(job, target, tell)
+        else:
+            report = optimize_file(job, tell)
     if report_folder is not None:
         write_report(report, plan, report_folder)
     if as_json:

@@ -17,6 +17,7 @@ from ..graph.save import Staged
 from ..graph.store import read_model
 from ..graph.weights import StoredValues
 from ..runtime import Drift, Feeds, Limit, Variant, compare, race, synthetic_feeds
+from ..runtime.limits import LOGITS_METRICS
 from ..runtime.specs import input_specs
 from .base import PassResult
 from .contributions import Contributions
@@ -191,7 +192,8 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     report["feeds"] = feeds.kind
     progress("measuring the drift")
     drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits,
-                    use_tf32=job.use_tf32, allow_cpu=job.allow_cpu)
+                    use_tf32=job.use_tf32, allow_cpu=job.allow_cpu,
+                    logits=[limit.output for limit in job.limits if limit.output is not None and limit.metric in LOGITS_METRICS])
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
     report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]
     progress("comparing before and after the exact passes")

@@ -48,7 +48,7 @@ def choose(units: Mapping[int, Sequence[Candidate]], costs: Sizes, bounds: Seque
         constraints.append(LinearConstraint(sizes[None, :] / scale, -np.inf, bound.limit / scale))
     weights = np.array([costs[variable] for variable in variables])
     spread = max(float(np.abs(weights).max()), 1e-12)
-    found = milp(weights / spread, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(len(variables)),
+    found = milp(weights / spread, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(len(variables), np.int64),
                  options={"mip_rel_gap": _GAP, "time_limit": 60.0})
     if found.x is None:
         return None

@@ -1,37 +1,49 @@
-"""Files that every worker of a Dask cluster writes down once, those that join later too."""
+"""The files of a search in one archive, which each worker of a cluster unpacks once."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+import zipfile
 from pathlib import Path
-from typing import Any
 
-from distributed.diagnostics.plugin import WorkerPlugin
+from ..graph.model import Model
+from ..graph.weights import StoredValues
+
+_FEEDS = "feeds"
+_MODEL = "model"
 
 
-class Delivery(WorkerPlugin):
-    """Writes ``files`` (path below the folder → content) into a folder named by their hash.
+def pack(model: Path, data: Path, folder: Path) -> Path:
+    """An archive of the model, the files that its weights lie in, and the feeds; its name carries a hash of its content."""
+    loaded = Model.load(model)
+    outside = {each.source.path for each in loaded.stored.values() if isinstance(each, StoredValues)} - {loaded.path}
+    partial = folder / "files.zip"
+    with zipfile.ZipFile(partial, "w") as archive:
+        archive.write(model, f"{_MODEL}/{model.name}")
+        for path in sorted(outside):
+            archive.write(path, f"{_MODEL}/{path.name}")
+        for path in sorted(data.rglob("*")) if data.is_dir() else [data]:
+            if path.is_file():
+                archive.write(path, f"{_FEEDS}/{path.relative_to(data if data.is_dir() else data.parent)}")
+    with partial.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    return partial.rename(folder / f"ffnfold-{digest.hexdigest()[:16]}.zip")
 
-    Attributes:
-        folder: where, ``~`` being that of the worker.
-    """
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
-        contents = sorted((name, hashlib.sha256(content).digest()) for name, content in files.items())
-        digest = hashlib.sha256(repr(contents).encode())
-        self.name = f"ffnfold-{digest.hexdigest()[:16]}"
-        self.folder = f"~/.cache/ffnfold/workers/{self.name}"
-        self._files = dict(files)
-
-    def setup(self, worker: Any) -> None:
-        """Called by Dask on each worker."""
-        folder = Path(os.path.expanduser(self.folder))
-        for name, content in self._files.items():
-            file = folder / name
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_name(f"{file.name}.part{os.getpid()}")
-                partial.write_bytes(content)
-                os.replace(partial, file)
+def unpacked(name: str, model: str) -> tuple[Path, Path]:
+    """On a worker: the model and the feeds of the archive ``name``, unpacked now or before."""
+    place = Path(importlib.import_module("distributed").get_worker().local_directory)
+    folder = place / name.removesuffix(".zip")
+    if not folder.exists():
+        partial = Path(tempfile.mkdtemp(dir=place))
+        with zipfile.ZipFile(place / name) as archive:
+            archive.extractall(partial)
+        try:
+            os.rename(partial, folder)
+        except OSError:  # another thread was faster
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder / _MODEL / model, folder / _FEEDS

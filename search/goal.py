@@ -88,7 +88,8 @@ def rows_of(limits: Sequence[Limit], outputs: Sequence[str], logits: set[str]) -
         if limit.metric in LOGITS_METRICS:
             over = [name for name in over if name in logits]
         if not over:
-            raise InputError(f"limit on {limit.metric}: there is no output that it is for: name one, {limit.metric}@OUTPUT=VALUE")
+            raise InputError(f"limit on {limit.metric}: it is for outputs that are logits: name one, "
+                             f"{limit.metric}@OUTPUT={limit.value:g}")
         rows += [Row(limit.metric, name, damage(limit.metric, limit.value)) for name in over]
     if rows:
         return rows

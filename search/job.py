@@ -26,7 +26,9 @@ class SearchJob:
         scheduler: address of a Dask scheduler, or None.
         workers: processes that measure drift here.
         cache: where measurements are kept; None: in the user's cache folder.
-        seed: of what is drawn.
+        seed: another one measures anew.
+        strict, detailed, external: as in :class:`~ffnfold.passes.optimize.Job`, of the model that is written.
+        beside: write plan.yaml and front.json beside it.
     """
 
     model: Path
@@ -45,4 +47,7 @@ class SearchJob:
     workers: int = 1
     cache: Path | None = None
     seed: int = 0
+    strict: bool = False
+    detailed: bool = False
     external: bool | None = None
+    beside: bool = True

@@ -22,7 +22,7 @@ from .workshop import Workshop
 
 _SECONDS = 0.4  # of a race of cut blocks, for each
 _SECONDS_WHOLE = 1.5  # of a race of whole models, for each
-_ROUNDS = 9  # at least, of a race
+_ROUNDS, _MOST_ROUNDS = 9, 200  # of a race
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def race_whole(models: Sequence[Model], traffic: Sequence[Traffic], *, target: s
     totals = [0.0] * len(models)
     for each in traffic:
         found = race([Variant(model, str(number)) for number, model in enumerate(models)], each.feeds, provider=target,
-                     threads=threads, seconds=_SECONDS_WHOLE * len(models), min_rounds=_ROUNDS, allow_cpu=True)
+                     threads=threads, seconds=_SECONDS_WHOLE * len(models), min_rounds=_ROUNDS, max_rounds=_MOST_ROUNDS,
+                     allow_cpu=True)
         first = found["models"][0]["p50_ms"] * each.weight
         totals[0] += first
         for number, ratio in enumerate(found["ratios"], 1):
@@ -56,7 +57,7 @@ def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tupl
     total = 0.0
     for each in traffic:
         found = race([workshop.original], each.feeds, provider=workshop.target, threads=workshop.threads, seconds=_SECONDS_WHOLE,
-                     min_rounds=_ROUNDS, allow_cpu=True)
+                     min_rounds=_ROUNDS, max_rounds=_MOST_ROUNDS, allow_cpu=True)
         total += found["models"][0]["p50_ms"] * each.weight
     if not workshop.fired:
         return total, total
@@ -64,12 +65,13 @@ def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tupl
     return total, total * ratio
 
 
-def saved_by_others(workshop: Workshop, each: Candidate, traffic: Sequence[Traffic]) -> float | None:
-    """What a form of the other linears saves of the base's time, as a part of it; None where it cannot be done."""
+def saved_by_others(workshop: Workshop, each: Candidate, traffic: Sequence[Traffic]) -> dict[str, float | None]:
+    """``saved``: what a form of the other linears saves of the base's time, as a part of it; None where it cannot be done."""
     trial = workshop.rewritten({OTHERS: each}, {})
     if trial is None:
-        return None
-    return 1.0 - race_whole([workshop.base.copy(), trial], traffic, target=workshop.target, threads=workshop.threads)[1]
+        return {"saved": None}
+    times = race_whole([workshop.base.copy(), trial], traffic, target=workshop.target, threads=workshop.threads)
+    return {"saved": 1.0 - times[1]}
 
 
 def block_key(workshop: Workshop, unit: int) -> str:
@@ -81,11 +83,11 @@ def block_key(workshop: Workshop, unit: int) -> str:
 
 
 def block_times(workshop: Workshop, unit: int, candidates: Sequence[Candidate],
-                traffic: Sequence[Traffic]) -> dict[Candidate, float | None]:
-    """Milliseconds of a block in each form, over all shapes; None where it cannot be cut out or written so."""
+                traffic: Sequence[Traffic]) -> dict[str, float | None]:
+    """Milliseconds of a block in each form, by its text, over all shapes; None where it cannot be cut out or written so."""
     made: dict[Candidate, Model] = {}
     inputs: dict[str, int] = {}
-    found: dict[Candidate, float | None] = dict.fromkeys(candidates)
+    found: dict[str, float | None] = dict.fromkeys(map(str, candidates))
     position = _position(workshop, unit)
     for each in dict.fromkeys([KEEP, *(one for one in candidates if not one.removed)]):
         fits = {} if each.neurons is None else {unit: workshop.stand_in(unit, each.neurons)}
@@ -107,8 +109,8 @@ def block_times(workshop: Workshop, unit: int, candidates: Sequence[Candidate],
         given = [{name: value for name, value in feed.items() if name in used} for feed in feeds]
         for each, milliseconds in _race_cuts(workshop, made, given).items():
             totals[each] += milliseconds * shape.weight
-    found.update(totals)
-    return {each: 0.0 if each.removed else found[each] for each in [KEEP, *candidates]}
+    return {**found, **{str(each): total for each, total in totals.items()},
+            **{str(each): 0.0 for each in candidates if each.removed}}
 
 
 def cut(model: Model, exits: Sequence[str], inputs: Mapping[str, int]) -> Model:
@@ -132,7 +134,7 @@ def _race_cuts(workshop: Workshop, made: Mapping[Candidate, Model], feeds: Seque
             continue
         both = Feeds.of([{name: value for name, value in feed.items() if name in names[0]} for feed in feeds])
         found = race([Variant(kept, "keep"), Variant(model, str(each))], both, provider=workshop.target, threads=workshop.threads,
-                     seconds=2 * _SECONDS, min_rounds=_ROUNDS, allow_cpu=True)
+                     seconds=2 * _SECONDS, min_rounds=_ROUNDS, max_rounds=_MOST_ROUNDS, allow_cpu=True)
         times[each] = (found["models"][0]["p50_ms"], found["ratios"][0]["speedup"])
     first = min((time for time, _ in times.values()), default=0.0)
     return {KEEP: first, **{each: first / ratio for each, (_, ratio) in times.items()}}

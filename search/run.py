@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..passes.kept_fits import Fits
 from ..passes.optimize import Job, check_places, optimize_file
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
+from ..runtime.limits import LOGITS_METRICS
 from .candidates import KEEP, OTHERS, Candidate, Choice, plan_of
 from .choice import choose, text_of
 from .front import Point, front_of
@@ -48,7 +50,7 @@ class Search:
         self._began = time.monotonic()
         self.setting = Setting(job.model, job.data, job.target, job.threads, job.perplexity, job.score,
                                tuple(sorted({each.output for each in job.limits if each.output
-                                             and each.metric in ("kl_mean", "top1", "top5")})))
+                                             and each.metric in LOGITS_METRICS})))
         progress(f"reading {job.model}")
         self.bench = Bench(self.setting, progress)
         self.rows = self._check_limits()
@@ -103,34 +105,38 @@ class Search:
         return self._finish()
 
     def _latency(self) -> None:
-        shop = self.bench.workshop
-        self.progress("timing the model")
-        self.base_ms = self.records.measure(lambda: milliseconds_of_base(shop, self.traffic), "base", self._machine)
+        self.base_ms = self.records.measure(partial(self._telling, "timing the model", milliseconds_of_base,
+                                                    self.bench.workshop, self.traffic), "base", self._machine)
         self.saved: dict[tuple[int, Candidate], float] = {}
-        whole = self.base_ms[0]
         for unit, several in self.candidates.items():
             if unit == OTHERS:
-                for each in several[1:]:
-                    self.progress(f"timing attention: {each}")
-                    part = self.records.measure(lambda each=each: [saved_by_others(shop, each, self.traffic)],
-                                                "others", str(each), self._machine)[0]
-                    if part is not None:
-                        self.saved[unit, each] = part * self.base_ms[1] / whole
+                self._time_others(several[1:])
             else:
-                self.progress(f"timing block {unit}")
-                names = [str(each) for each in several]
-                times = self.timings.measure(
-                    lambda unit=unit, several=several: {str(each): value for each, value in
-                                                        block_times(shop, unit, several, self.traffic).items()},
-                    "block", block_key(shop, unit), names, self._machine)
-                kept = times.get(str(KEEP))
-                for each in several:
-                    if kept is not None and times.get(str(each)) is not None:
-                        self.saved[unit, each] = (kept - times[str(each)]) / whole
+                self._time_block(unit, several)
             self.saved[unit, KEEP] = 0.0
             slow = (1 - _FASTER) * max((value for (other, _), value in self.saved.items() if other == unit), default=0.0)
             self.candidates[unit] = [each for each in several if each == KEEP or (
                 (unit, each) in self.saved and (self.saved[unit, each] > slow or self.job.max_bytes is not None))]
+
+    def _time_others(self, several: Sequence[Candidate]) -> None:
+        for each in several:
+            part = self.records.measure(partial(self._telling, f"timing attention: {each}", saved_by_others, self.bench.workshop,
+                                                each, self.traffic), "others", str(each), self._machine)
+            if part["saved"] is not None:
+                self.saved[OTHERS, each] = part["saved"] * self.base_ms[1] / self.base_ms[0]
+
+    def _time_block(self, unit: int, several: Sequence[Candidate]) -> None:
+        shop = self.bench.workshop
+        measuring = partial(self._telling, f"timing block {unit}", block_times, shop, unit, several, self.traffic)
+        times = self.timings.measure(measuring, "block", block_key(shop, unit), [str(each) for each in several], self._machine)
+        kept = times.get(str(KEEP))
+        for each in several:
+            if kept is not None and times.get(str(each)) is not None:
+                self.saved[unit, each] = (kept - times[str(each)]) / self.base_ms[0]
+
+    def _telling(self, message: str, how: Callable[..., Any], *arguments: Any) -> Any:
+        self.progress(message)
+        return how(*arguments)
 
     def _alone(self) -> None:
         wanted = {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
@@ -200,8 +206,7 @@ class Search:
         """Build and measure a choice, and learn from it."""
         plan = plan_of(choice, self.job.target)
         expected = self.problem.expected(choice)
-        self.progress(f"plan {len(self.points) + 1}: {text_of(choice)}")
-        found = self.records.measure(lambda: self._build(plan), "plan", plan.to_yaml(), self._machine)
+        found = self.records.measure(partial(self._build, choice, plan), "plan", plan.to_yaml(), self._machine)
         if "refused" in found:
             self.points[text_of(choice)] = Point(dict(choice), plan, {}, math.inf, 0, expected)
             return
@@ -211,7 +216,8 @@ class Search:
             law.learn([(point.choice, row.damage(point.drift)) for point in good])
         self.problem.clock.learn([(point.choice, point.time) for point in good])
 
-    def _build(self, plan: Plan) -> dict[str, Any]:
+    def _build(self, choice: Choice, plan: Plan) -> dict[str, Any]:
+        self.progress(f"plan: {text_of(choice)}")
         model = Model.load(self.job.model)
         split = self.bench.split
         try:
@@ -229,9 +235,10 @@ class Search:
         points = [point for point in self.points.values() if math.isfinite(point.time)]
         best = self.problem.best(points, job)
         own = [each for each in job.limits if each.metric in OWN]
-        report = optimize_file(Job(job.model, job.output, best.plan, data=job.data, provider=job.target, threads=job.threads,
-                                   limits=[each for each in job.limits if each not in own], external=job.external, allow_cpu=True,
-                                   split=self.bench.split, fits=self.fits), self.progress)
+        report = optimize_file(
+            Job(job.model, job.output, best.plan, data=job.data, provider=job.target, threads=job.threads, allow_cpu=True,
+                limits=[each for each in job.limits if each not in own], strict=job.strict, detailed=job.detailed,
+                external=job.external, split=self.bench.split, fits=self.fits), self.progress)
         self._own_metrics(report, own)
         speedup, size = 1 / best.time, report["bytes"]["after"]
         if job.min_speedup is not None and speedup < job.min_speedup:
@@ -247,15 +254,20 @@ class Search:
         report |= {"points": [point.to_json(self.rows, point is best) for point in points],
                    "measured": self.records.measured + self.timings.measured,
                    "reused": self.records.reused + self.timings.reused, "seconds": round(time.monotonic() - self._began, 1)}
+        if job.beside:
+            self._write_beside(best, report)
+        return report
+
+    def _write_beside(self, best: Point, report: dict[str, Any]) -> None:
+        job = self.job
         _write(job.output.parent / "plan.yaml", best.plan.to_yaml())
         told = {"model": str(job.model), "target": job.target, "machine": self._machine[0], "front": report["front"],
                 "points": report["points"]}
         _write(job.output.parent / "front.json", json.dumps(told, indent=1) + "\n")
-        return report
 
     def _own_metrics(self, report: dict[str, Any], own: list[Any]) -> None:
         """Perplexity and the user's score, on the feeds that report."""
-        if self.job.perplexity is None and self.job.score is None:
+        if (self.job.perplexity is None and self.job.score is None) or not self.job.output.exists():
             return
         yardstick = Yardstick(self.bench.workshop.original, self.bench.split.report, provider=self.job.target,
                               threads=self.job.threads, perplexity=self.job.perplexity,

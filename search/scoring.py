@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from ..passes.neuron_fit import NeuronFit
 from ..passes.split import Split, load_split
 from ..runtime.specs import input_specs
 from .candidates import Candidate
+from .delivery import unpacked
 from .workshop import Workshop
 from .yardstick import Yardstick, load_score
 
@@ -29,7 +29,7 @@ class Setting:
 
     Attributes:
         model, data: files, as the client sees them.
-        folder: where a worker finds copies of them if it has no such files.
+        archive: of copies of them, for workers that see no such files.
     """
 
     model: Path
@@ -39,7 +39,7 @@ class Setting:
     perplexity: str | None = None
     score: str | None = None
     logits: tuple[str, ...] = ()
-    folder: str = ""
+    archive: str = ""
 
 
 class Bench:
@@ -111,7 +111,6 @@ def score_several(setting: Setting, unit: int, several: Sequence[Candidate]) -> 
 
 
 def _here(setting: Setting) -> tuple[Path, Path]:
-    if setting.folder and not setting.model.exists():
-        folder = Path(os.path.expanduser(setting.folder))
-        return folder / setting.model.name, folder / "feeds"
+    if setting.archive and not setting.model.exists():
+        return unpacked(setting.archive, setting.model.name)
     return setting.model, setting.data

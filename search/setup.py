@@ -31,7 +31,7 @@ def traffic_of(job: SearchJob, model: Model, feeds: Feeds) -> list[Traffic]:
     """
     if not job.shapes:
         return [Traffic("feeds", feeds[:_TIMED])]
-    weights, plain = _weights(job.shapes)
+    weights, plain = parse_shapes(job.shapes)
     specs = input_specs(model)
     found = []
     for number, point in enumerate(parse_grid(plain)):
@@ -40,7 +40,7 @@ def traffic_of(job: SearchJob, model: Model, feeds: Feeds) -> list[Traffic]:
     return found
 
 
-def _weights(texts: Sequence[str]) -> tuple[list[float], list[str]]:
+def parse_shapes(texts: Sequence[str]) -> tuple[list[float], list[str]]:
     """``NAME=8x128*3``: weights in the order of the shapes of the first input, and the texts without them."""
     weights: list[float] = []
     plain = []

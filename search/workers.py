@@ -6,7 +6,11 @@ again; a task that brings down every worker it meets is given up after a few.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +20,7 @@ from typing import Any
 
 from ..graph.errors import InputError
 from .candidates import Candidate
+from .delivery import pack
 from .scoring import Scored, Setting, score_several
 
 Task = tuple[int, list[Candidate]]
@@ -81,47 +86,32 @@ def local_pool(workers: int) -> ProcessPoolExecutor:
 
 @contextmanager
 def cluster(address: str, setting: Setting) -> Iterator[tuple[Callable[[], Executor], int, Setting]]:
-    """A Dask cluster: how to open an executor on it, its workers, and the setting for them.
+    """A Dask cluster: how to open an executor on it, how many workers it has, and the setting for them.
 
-    Workers that do not see the files of this machine get them once, when they are asked first or when they join.
+    Workers that do not see the files of this machine get them once, those that join later too.
 
     Raises:
         InputError: ``distributed`` is not installed, or nobody answers at ``address``.
     """
     try:
-        from distributed import Client
+        distributed: Any = importlib.import_module("distributed")
     except ImportError:
         raise InputError("--scheduler needs Dask: pip install 'ffnfold[cluster]'") from None
     try:
-        client = Client(address, timeout="15s")
-    except (OSError, ValueError, TimeoutError) as error:
+        client = distributed.Client(address, timeout="15s")
+    except (OSError, ValueError) as error:
         raise InputError(f"--scheduler {address}: nobody answers there ({str(error)[:100]}): start one with "
                          "'dask scheduler'") from None
     try:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        if not workers:
-            raise InputError(f"--scheduler {address}: has no workers: start some with 'dask worker {address}'")
-        there = client.run(Path.exists, setting.model)
+        there = client.run(os.path.exists, str(setting.model.absolute()))
+        if not there:
+            raise InputError(f"--scheduler {address}: it has no workers: start some with 'dask worker {address}'")
+        setting = dataclasses.replace(setting, model=setting.model.absolute(), data=setting.data.absolute())
         if not all(there.values()):
-            setting = _send(client, setting)
-        yield client.get_executor, workers, setting
+            with tempfile.TemporaryDirectory(prefix="ffnfold-") as folder:
+                archive = pack(setting.model, setting.data, Path(folder))
+                client.upload_file(str(archive), load=False)
+                setting = dataclasses.replace(setting, archive=archive.name)
+        yield client.get_executor, len(there), setting
     finally:
         client.close()
-
-
-def _send(client: Any, setting: Setting) -> Setting:
-    """Register the files with the cluster, so that every worker writes them down once."""
-    from ..graph.model import Model
-    from ..graph.weights import StoredValues
-    from .delivery import Delivery
-
-    model = Model.load(setting.model)
-    outside = {each.source.path for each in model.stored.values() if isinstance(each, StoredValues)} - {model.path}
-    files = {setting.model.name: setting.model.read_bytes(), **{path.name: path.read_bytes() for path in outside}}
-    root = setting.data if setting.data.is_dir() else setting.data.parent
-    feeds = sorted(root.rglob("*")) if setting.data.is_dir() else [setting.data]
-    files |= {f"feeds/{path.relative_to(root)}": path.read_bytes() for path in feeds if path.is_file()}
-    delivery = Delivery(files)
-    client.register_plugin(delivery)
-    return Setting(**{**setting.__dict__, "folder": delivery.folder})
-

@@ -104,7 +104,7 @@ def load_score(text: str) -> Score:
         raise InputError(f"--score {text}: cannot be imported ({error}): write it like package.module:function") from None
     if not callable(found):
         raise InputError(f"--score {text}: is no function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def tokens_of(feed: dict[str, Any], logits: Array) -> Array:

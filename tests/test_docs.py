@@ -24,6 +24,8 @@ from ffnfold.passes.registry import PASSES
 from ffnfold.runtime import parse_limit
 from ffnfold.runtime.grid import parse_grid
 from ffnfold.runtime.limits import METRICS
+from ffnfold.search.goal import parse_goal
+from ffnfold.search.setup import parse_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -94,8 +96,9 @@ def parse(words: list[str]) -> None:
     given = command.make_context(command.name, list(words)).params
     Plan.parse(given.get("passes") or ())
     for text in given.get("max_drift") or ():
-        parse_limit(text)
-    parse_grid(given.get("shapes") or ())
+        (parse_goal if command.name == "search" else parse_limit)(text)
+    shapes = given.get("shapes") or ()
+    parse_grid(parse_shapes(shapes)[1] if command.name == "search" else shapes)
 
 
 @every_page
@@ -164,7 +167,7 @@ def test_every_benchmark_named_takes_its_options(page):
 
 
 def test_every_page_named_in_the_code_is_there():
-    for file in (path for folder in ("api.py", "cli", "graph", "models", "passes", "runtime")
+    for file in (path for folder in ("api.py", "cli", "graph", "models", "passes", "runtime", "search")
                  for path in ([ROOT / folder] if folder.endswith(".py") else (ROOT / folder).glob("*.py"))):
         for name in re.findall(r"docs/[\w/-]+\.md", file.read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{file.name} names {name}"

@@ -212,7 +212,7 @@ def test_feeds_that_do_not_fit_verify(refused_and_unchanged, folder, model, kind
     ("cosine_mean=nan", "'nan' is not a number"),
     ("accuracy=0.9", "no metric 'accuracy'"),
     ("cosine_mean@z=0.9", "no output 'z'"),
-    ("top1=0.9", "--logits"),
+    ("top1=0.9", "for outputs that are logits"),
 ])
 def test_limits_that_mean_nothing(refused_and_unchanged, model, feeds, text, said):
     for command in (("optimize", model, "-o", "out.onnx"), ("verify", model, model)):

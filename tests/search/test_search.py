@@ -1,0 +1,175 @@
+"""A whole search: what it writes is what it measured, within the limit, and what was measured is not measured again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from ffn_graphs import Sketch
+from ffnfold.cli import main
+from ffnfold.graph.model import Model
+from ffnfold.passes.plan import Plan
+from ffnfold.runtime import Feeds, parse_limit
+from ffnfold.search import SearchJob, search_file
+from ffnfold.search.workshop import Workshop
+from ffnfold.search.yardstick import Yardstick, next_token_loss
+
+
+def ended(process) -> dict:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode in (0, 1), err
+    return json.loads(out)
+
+
+@pytest.mark.timeout(300)
+def test_the_best_plan_is_written_and_optimize_makes_the_same_model(start, model, feeds, tmp_path):
+    report = ended(start("a"))
+    assert report["ok"] is True
+    assert report["drift"]["outputs"]["y"]["cosine_mean"] >= 0.97
+    assert Plan.load(tmp_path / "a/plan.yaml").entries() == report["plan"]
+    front = json.loads((tmp_path / "a/front.json").read_text())["front"]
+    assert front == report["front"]
+    assert [point["plan"] for point in front if point["chosen"]] == [report["plan"]]
+    drifts, speeds = ([point[key] if key == "speedup" else point["drift"]["y"]["cosine_mean"] for point in front]
+                      for key in ("drift", "speedup"))
+    assert len(front) > 2
+    assert speeds == sorted(speeds)
+    assert min(drifts) < 0.97 < max(drifts)
+
+    again = CliRunner().invoke(main, ["optimize", str(model), "-o", str(tmp_path / "again.onnx"), "--plan",
+                                      str(tmp_path / "a/plan.yaml"), "--data", str(feeds), "--threads", "1", "--no-verify"])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "a/out.onnx").read_bytes()
+
+
+@pytest.mark.timeout(400)
+def test_a_search_that_was_killed_measures_nothing_twice(start, tmp_path):
+    records = tmp_path / "cache"
+
+    def measured() -> int:
+        return len(list(records.rglob("*.json")))
+
+    kept = []
+    for enough in (3, 12, 18):
+        process = start("a")
+        limit = time.monotonic() + 120
+        while measured() < enough and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was over before it was killed"
+        kept.append({file: file.stat().st_mtime_ns for file in records.rglob("*.json")})
+        assert len(kept[-1]) >= enough
+        assert not list((tmp_path / "a").iterdir())
+    report = ended(start("a"))
+    for before in kept:
+        assert all(file.stat().st_mtime_ns == moment for file, moment in before.items())
+    assert report["measured"] == measured() - len(kept[-1])
+    assert report["reused"] >= len(kept[-1])
+
+    second = ended(start("b"))
+    assert second["measured"] == 0
+    assert second["plan"] == report["plan"]
+    assert (tmp_path / "b/out.onnx").read_bytes() == (tmp_path / "a/out.onnx").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_speed_that_cannot_be_had_is_missed(start, tmp_path):
+    process = start("a", "--min-speedup", "1000")
+    report = ended(process)
+    assert process.returncode == 1
+    assert any("should be at least 1000" in note for note in report["notes"])
+    assert (tmp_path / "a/out.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_size_is_kept_with_little_drift(start, model, tmp_path):
+    size = int(0.75 * model.stat().st_size)
+    process = start("a", "--max-bytes", size)
+    report = ended(process)
+    assert process.returncode == 0, report["notes"]
+    assert (tmp_path / "a/out.onnx").stat().st_size <= size
+    assert report["drift"]["outputs"]["y"]["cosine_mean"] > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_users_own_metric_is_what_is_limited(start, tmp_path):
+    (tmp_path / "mine.py").write_text("def largest(ours, theirs, feed):\n    return abs(ours['y'] - theirs['y']).max()\n")
+    report = ended(start("a", "--score", "mine:largest", "--max-drift", "score=0.9"))
+    assert 0 < report["own"]["score"] <= 0.9
+    assert {name for point in report["points"] for name in point["damage"]} == {"score@model"}
+
+
+def test_what_would_be_measured_is_said_and_nothing_written(model, feeds, tmp_path):
+    job = SearchJob(model, tmp_path / "out.onnx", feeds, limits=[parse_limit("cosine_mean=0.9")], threads=1,
+                    cache=tmp_path / "cache")
+    found = search_file(job, dry_run=True)
+    assert found["ffn_blocks"] == 3
+    assert found["block_shapes"] == 1
+    assert found["candidates"]["0"][:2] == ["keep", "int8"]
+    assert found["measurements"]["drift"] == sum(len(several) - 1 for several in found["candidates"].values())
+    assert found["minutes"]["alone"] > 0
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def words(**options: str) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({}, "give --max-drift, --min-speedup or --max-bytes"),
+    ({"max_drift": "rel_l2@z=0.1"}, "no output 'z'"),
+    ({"max_drift": "kl_mean=0.1"}, "outputs that are logits"),
+    ({"max_drift": "score=0.1"}, "--score"),
+    ({"max_drift": "perplexity=1.1"}, "--perplexity"),
+    ({"max_drift": "perplexity=1.1", "perplexity": "z"}, "no such output"),
+    ({"max_drift": "score=1", "score": "nowhere:at_all"}, "cannot be imported"),
+    ({"min_speedup": "1.1", "shape": "x=4x8x64*none"}, "write it like"),
+    ({"min_speedup": "1.1", "shape": "x=4x8x64*0"}, "above 0"),
+    ({"min_speedup": "1.1", "workers": "2", "scheduler": "tcp://127.0.0.1:1"}, "give one of them"),
+    ({"min_speedup": "1.1", "output": "nowhere/out.onnx"}, "there is no folder"),
+    ({"min_speedup": "1.1", "data": "nowhere"}, "no such feed")])
+def test_what_makes_no_sense_is_refused_in_one_line(model, feeds, tmp_path, options, said):
+    given = {"output": str(tmp_path / "out.onnx"), "data": str(feeds), "cache": str(tmp_path / "cache"), **options}
+    result = CliRunner().invoke(main, ["search", str(model), *words(**given)])
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage: ", "Try '"))]
+    assert result.exit_code == 2
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_perplexity_is_that_of_the_tokens_that_come_next(tmp_path):
+    random = np.random.default_rng(0)
+    logits, tokens = random.standard_normal((2, 5, 7)), random.integers(0, 7, (2, 5))
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    loss, count = next_token_loss(logits, tokens, {"attention_mask": mask})
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    expected = [-np.log(p[row, place, tokens[row, place + 1]]) for row, last in ((0, 4), (1, 2)) for place in range(last)]
+    assert count == len(expected)
+    assert loss == pytest.approx(sum(expected))
+
+
+def test_perplexity_of_a_model_against_itself_is_one(tmp_path):
+    s = Sketch()
+    ids = s.input("input_ids", ["batch", "tokens"], onnx.TensorProto.INT64)
+    x = s.op("Gather", s.weight(s.numbers(11, 8)), ids)
+    logits = s.output("logits", ["batch", "tokens", 11])
+    s.op("MatMul", s.op("Add", x, s.ffn(s.norm(x, 8))), s.weight(s.numbers(8, 11)), out=logits)
+    model = Model.load(s.save(tmp_path / "model.onnx"))
+    feeds = Feeds.of([{"input_ids": np.random.default_rng(n).integers(0, 11, (2, 6))} for n in range(3)])
+    yardstick = Yardstick(model, feeds, provider="cpu", threads=1, perplexity="logits")
+    assert yardstick.measure(model.copy())["model"]["perplexity"] == 1.0
+    shop = Workshop(tmp_path / "model.onnx", feeds, "cpu", 1)
+    removed = next(each for each in shop.candidates()[0] if each.removed)
+    changed = shop.rewritten({0: removed}, {})
+    assert changed is not None
+    assert yardstick.measure(changed)["model"]["perplexity"] not in (1.0, None)

@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 _RIDGES = tuple(10.0 ** exponent for exponent in (-5, -4, -3, -2, -1.5, -1, -0.5, 0))
 _AS_GOOD = 0.01  # an error larger than the smallest by so much of it is as good
+_SMALLEST_RIDGE, _LARGEST_RIDGE = 1e-6, 1e6  # that are tried where products are of no positive definite matrix
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,27 @@ class Features:
         return variance + 1e-3 * float(np.mean(np.diag(self.ff))) + 1e-30
 
     def solve(self, neurons: Indices, ridge: float) -> Array:
-        """The map ``[inputs + len(neurons), d_out]`` of the features kept."""
+        """The map ``[inputs + len(neurons), d_out]`` of the features kept.
+
+        Where there are fewer tokens than features, rounding may leave products of no positive definite matrix: the smallest
+        ridge that mends it is taken then.
+        """
         from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
 
         kept = self.chosen(neurons)
-        penalty = ridge * self.penalty(kept)
-        right = self.ft[kept] + penalty[:, None] * self.prior[kept]
-        left = self.ff[np.ix_(kept, kept)]
-        left[np.diag_indices_from(left)] += penalty
-        factor = linalg.cho_factor(left, lower=True, overwrite_a=True, check_finite=False)
-        return linalg.cho_solve(factor, right, overwrite_b=True, check_finite=False)
+        while True:
+            penalty = ridge * self.penalty(kept)
+            left = self.ff[np.ix_(kept, kept)]
+            left[np.diag_indices_from(left)] += penalty
+            try:
+                factor = linalg.cho_factor(left, lower=True, overwrite_a=True, check_finite=False)
+            except linalg.LinAlgError:
+                if ridge > _LARGEST_RIDGE:
+                    raise
+                ridge = max(10 * ridge, _SMALLEST_RIDGE)
+                continue
+            right = self.ft[kept] + penalty[:, None] * self.prior[kept]
+            return linalg.cho_solve(factor, right, overwrite_b=True, check_finite=False)
 
     def error(self, neurons: Indices, matrix: Array, offset: Array | None = None) -> float:
         """E‖t − f_S M − c‖², c the best one where ``offset`` is None."""

@@ -57,6 +57,10 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
         "FLAP": ("baseline", [f"slim-ffn:keep={left},select=flap,refit=bias,{_AS_PUBLISHED}"]),
     }
     found |= beside_blocks(gone)
+    tied = min(len(blocks) - 1, round((1 - left) * len(blocks) / (1 - 2 * first.d_model ** 2 / whole)))
+    if tied:
+        found["blocks shared"] = ("ours", [f"share-ffn:groups={len(blocks) - tied}"])
+        found["blocks shared, no fix"] = ("beside", [f"share-ffn:groups={len(blocks) - tied},fix=none"])
     if neurons:
         found["partial linear"] = ("ours", [f"slim-ffn:keep={neurons}"])
         found["partial linear, widths spread"] = ("ours", [f"slim-ffn:keep={neurons},spread=sensitivity"])

@@ -38,7 +38,7 @@ HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
 
 @dataclass
 class Evidence:
-    """Moments of the groups [x, h, t], [h, t] or [x, t].
+    """Moments of the groups [x, h, t], [h, t] or [x, t], further values before t.
 
     Attributes:
         fit, held_out: over tokens to fit on, and over others that choose.
@@ -91,17 +91,19 @@ class Streams:
         """Say that the value ``name`` is computed in another way from now on."""
         self._now.forget(name)
 
-    def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target) -> Evidence:
+    def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target,
+                 more: Sequence[gs.Tensor] = ()) -> Evidence:
         """Go through the feeds once.
 
         Args:
             inputs, neurons: which features to take moments of.
             weight: how tokens are weighted (see :mod:`token_weights`).
+            more: values with their features where the block has them, whose features come behind those.
         """
         kept = None if self._resume is None else self._resume.load(3)
         found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter(), Scatter())
         few = self._real < HELD_OUT
-        for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target)):
+        for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target, more)):
             if kept:
                 continue
             good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
@@ -135,13 +137,13 @@ class Streams:
             if good.any():
                 yield [each[good] for each in found], weights[good]
 
-    def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str,
-              target: Target) -> Iterator[tuple[list[Array], Array, Array, Array]]:
+    def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str, target: Target,
+              more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"
         to_stream = target == "stream" and pure and block.join.direct and not has_branch_norm(block)
         axis = block.axis
-        now = [*([block.input] if inputs else []), *([block.hidden] if neurons else [])]
+        now = [*([block.input] if inputs else []), *([block.hidden] if neurons else []), *more]
         count = len(now)
         passing = [block.hidden.name]
         if to_stream:

@@ -22,14 +22,16 @@ from .quantize_ffn import QuantizeFFN
 from .remove_attention import RemoveAttention
 from .remove_ffn import RemoveFFN
 from .remove_layer import RemoveLayer
+from .share_ffn import ShareFFN
 from .slim_ffn import SlimFFN
 from .sparsify_ffn import SparsifyFFN
 from .split_ffn import SplitFFN
 from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul, LinearizeFFN,
-    MergeLinears, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
+    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul,
+    LinearizeFFN, MergeLinears, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN, SlimFFN, SparsifyFFN,
+    SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

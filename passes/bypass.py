@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, set_inputs, substitute, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from ..graph.residual import SKIP_NORMS, Sublayer
+from ..graph.residual import SKIP_NORMS, Join, Sublayer
 from ..graph.shapes import ALIASES
 
 Array = npt.NDArray[Any]
@@ -114,6 +115,44 @@ def splice(build: Builder, block: Sublayer, constant: Array | None) -> bool:
     substitute(graph, node.outputs[0], residual)
     remove_dead(graph, [node])
     return True
+
+
+def cut_out(build: Builder, block: Sublayer, constant: Array | None) -> None:
+    """Take the branch out of the residual Add, or where that cannot do without it put zeros (or ``constant``) into it."""
+    if splice(build, block, constant):
+        return
+    node, branch = block.join.node, block.join.branch
+    old = producer(branch)
+    scale = fold(node.inputs[2]) if node.op in SKIP_NORMS else None
+    in_place = build.zeros(block.join.residual, scale.shape[-1] if scale is not None else 1, -1)
+    if constant is not None:
+        in_place = build.op("Add", in_place, build.vector(constant, -1, "mean"), hint="mean_output")
+    set_inputs(node, [in_place if value is branch else value for value in node.inputs])
+    remove_dead(block.graph, [old] if old is not None else [])
+
+
+def drop_residual(build: Builder, block: Sublayer) -> None:
+    """Take the residual out of the residual Add, so that the branch alone is left."""
+    join = block.join
+    node, kept = join.node, join.branch
+    at = 3 if "Simplified" in node.op else 4  # the bias of a skip norm is the branch's
+    if node.op in SKIP_NORMS and len(node.inputs) > at and node.inputs[at].name:
+        kept = build.op("Add", kept, node.inputs[at], hint="bias_output")
+        set_inputs(node, [kept if value is join.branch else value for value in node.inputs[:at]])
+    other = Only(block.path, block.graph, block.output, Join(node, join.residual, kept, True, []), block.axis, block.onnx_type)
+    cut_out(build, other, None)
+
+
+@dataclass(frozen=True)
+class Only:
+    """A sublayer, said by what taking it out needs."""
+
+    path: str
+    graph: gs.Graph
+    output: gs.Tensor
+    join: Join
+    axis: int
+    onnx_type: int
 
 
 def _splice_skip_norm(build: Builder, block: Sublayer, constant: Array | None) -> bool:

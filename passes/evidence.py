@@ -5,6 +5,7 @@ The target of a block is what brings the residual stream back to where the origi
     target=stream   t = (r_original + y_original) − r_now
     target=block    t = y_original
     target=own      t = y, what the block gives now
+    target=sum      t = r_original + y_original
 
 so that a block also makes good what the rewritten blocks before it did wrong. Where a norm or a scale lies between the
 block and the residual Add, or the feeds take another way through the rewritten model (a router), ``stream`` cannot be
@@ -32,7 +33,7 @@ from .token_weights import has_branch_norm, token_weights, weight_values
 from .varied_feeds import varied
 
 Array = npt.NDArray[Any]
-Target = Literal["stream", "block", "own"]
+Target = Literal["stream", "block", "own", "sum"]
 HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
 
 
@@ -141,7 +142,7 @@ class Streams:
               more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"
-        to_stream = target == "stream" and pure and block.join.direct and not has_branch_norm(block)
+        to_stream = target in ("stream", "sum") and pure and block.join.direct and not has_branch_norm(block)
         axis = block.axis
         now = [*([block.input] if inputs else []), *([block.hidden] if neurons else []), *more]
         count = len(now)
@@ -164,7 +165,7 @@ class Streams:
         for values, (y, *others) in zip(currents, originals, strict=True):
             t = y
             if to_stream and others[0].shape == y.shape == values[-1].shape:
-                t = y + (others[0].astype(np.float64) - values[-1])
+                t = y + (others[0].astype(np.float64) - (values[-1] if target == "stream" else 0))
             yield values[:count], y, t, token_weights(block, y, others, weight)
 
 

@@ -18,6 +18,7 @@ from .fold_norm import FoldNorm
 from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
 from .merge_linears import MergeLinears
+from .prune_skip import PruneSkip
 from .quantize_ffn import QuantizeFFN
 from .remove_attention import RemoveAttention
 from .remove_ffn import RemoveFFN
@@ -30,8 +31,8 @@ from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul,
-    LinearizeFFN, MergeLinears, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN, SlimFFN, SparsifyFFN,
-    SplitFFN, ToHalf)}
+    LinearizeFFN, MergeLinears, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN, SlimFFN,
+    SparsifyFFN, SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

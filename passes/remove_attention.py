@@ -9,12 +9,10 @@ import numpy as np
 
 from ..graph.attention import Attention
 from ..graph.builder import Builder
-from ..graph.constant import fold
-from ..graph.edit import producer, remove_dead, set_inputs
 from ..graph.layers import Layer
 from ..graph.model import Model
 from .base import Context, Refused
-from .bypass import Array, splice, stream_type
+from .bypass import Array, cut_out, stream_type
 from .measure import RunningMean, rows, unmeasurable
 from .removal import Removal
 from .scores import Cosine
@@ -112,14 +110,4 @@ def why_it_stays(attention: Attention) -> Refused | None:
 
 def drop(model: Model, attention: Attention, constant: Array | None) -> None:
     """Take ``attention`` out of the Add that it goes into, ``constant`` ``[d]`` in its place where there is one."""
-    build = Builder(model, attention.graph, attention.name, stream_type(attention))
-    if splice(build, attention, constant):
-        return
-    node, old = attention.join.node, producer(attention.join.branch)
-    scale = fold(node.inputs[2])  # a SkipLayerNormalization that cannot do without its second summand
-    width = scale.shape[-1] if scale is not None else 1
-    in_place = build.zeros(attention.join.residual, width, -1)
-    if constant is not None:
-        in_place = build.op("Add", in_place, build.vector(constant, -1, "mean"), hint="mean_output")
-    set_inputs(node, [in_place if value is attention.join.branch else value for value in node.inputs])
-    remove_dead(attention.graph, [old] if old is not None else [])
+    cut_out(Builder(model, attention.graph, attention.name, stream_type(attention)), attention, constant)

@@ -33,7 +33,8 @@ from .token_weights import has_branch_norm, token_weights, weight_values
 from .varied_feeds import varied
 
 Array = npt.NDArray[Any]
-Target = Literal["stream", "block", "own", "sum"]
+Target = Literal["stream", "block", "own"]
+Sum = Literal["sum"]  # what a block gives together with its residual
 HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
 
 
@@ -92,7 +93,7 @@ class Streams:
         """Say that the value ``name`` is computed in another way from now on."""
         self._now.forget(name)
 
-    def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target,
+    def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
                  more: Sequence[gs.Tensor] = ()) -> Evidence:
         """Go through the feeds once.
 
@@ -138,7 +139,7 @@ class Streams:
             if good.any():
                 yield [each[good] for each in found], weights[good]
 
-    def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str, target: Target,
+    def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
               more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -155,7 +156,7 @@ def _fold(model: Model, graph: gs.Graph, node: gs.Node) -> bool | Refused:
         if reason is not None:
             return Refused(reason, y.name)
         build = Builder(model, graph, linear.node.name or "prune_skip", linear.onnx_type)
-        weight = ComputedValues((linear.d_in, linear.d_out), linear.onnx_type, lambda linear=linear: _plus_identity(linear))
+        weight = ComputedValues((linear.d_in, linear.d_out), linear.onnx_type, partial(_plus_identity, linear))
         total = build.linear(x, weight, linear.bias() if linear.bias is not None else None, axis=linear.axis, hint="with_skip")
         old = producer(y)
         if node.op == "Add":

@@ -21,7 +21,7 @@ from .blocks import Blocks
 from .evidence import Evidence, Streams
 from .measure import unmeasurable
 from .neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
-from .neuron_selection import Select, elimination, select_neurons
+from .neuron_selection import Indices, Select, elimination, select_neurons
 from .spread import Curve, allocate, damage, widths_to_try
 
 Array = npt.NDArray[Any]
@@ -166,12 +166,21 @@ class SlimFFN(BlockPass):
         prior = np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
         return Features.of(evidence.everything(), prior, inputs)
 
-    def fit(self, block: FFNBlock, evidence: Evidence, width: int) -> NeuronFit:
-        """The ``width`` neurons that stay, and what they are refitted to. With none ``evidence`` is of the inputs alone."""
+    def survivors(self, block: FFNBlock, evidence: Evidence, widths: list[int]) -> dict[int, Indices]:
+        """The neurons that stay at each of ``widths``, from one elimination."""
+        found = elimination(self._features(block, evidence), widths, _GREEDY_RIDGE)
+        return {width: found[width][0] for width in widths}
+
+    def fit(self, block: FFNBlock, evidence: Evidence, width: int, neurons: Indices | None = None) -> NeuronFit:
+        """The ``width`` neurons that stay, if it is not said which, and what they are refitted to.
+
+        With none ``evidence`` may be of the inputs alone.
+        """
         known = len(evidence.fit.widths or evidence.held_out.widths) > (2 if self.affine else 1)
         everything = self._features(block, evidence, neurons=known)
         prior, inputs = everything.prior, everything.inputs
-        neurons = select_neurons(self.select, everything, width, _GREEDY_RIDGE) if width else np.zeros(0, np.int64)
+        if neurons is None:
+            neurons = select_neurons(self.select, everything, width, _GREEDY_RIDGE) if width else np.zeros(0, np.int64)
         if self.refit != "ridge":
             bias = block.down.bias()
             return keep_rows(everything, neurons, correct_bias=self.refit == "bias",

@@ -48,6 +48,11 @@ class Candidate:
         """Whether feeds are fitted to."""
         return self.neurons is not None
 
+    @property
+    def parts(self) -> tuple[Candidate, Candidate] | None:
+        """Of a pair, the two: neurons left out, then what is left in another form."""
+        return (Candidate(self.neurons), Candidate(form=self.form)) if self.form and self.neurons is not None else None
+
 
 KEEP = Candidate()
 Choice = Mapping[int, Candidate]

@@ -142,7 +142,7 @@ class Search:
         wanted = {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
                   for unit, several in self.candidates.items()}
         cheap = {unit: [each for each in several if not each.fitted] for unit, several in wanted.items()}
-        fitted = {unit: [each for each in several if each.fitted] for unit, several in wanted.items()}
+        fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
         for part in (cheap, fitted):
             self._score({unit: several for unit, several in part.items() if several})
         self.alone: dict[tuple[int, Candidate], Scored] = {}
@@ -151,7 +151,8 @@ class Search:
                 found = self.records.get("alone", unit, str(each)) if each != KEEP else None
                 if found is not None and "drift" in found:
                     self.alone[unit, each] = found
-            self.candidates[unit] = [KEEP, *(each for each in several if (unit, each) in self.alone)]
+            self.candidates[unit] = [KEEP, *(each for each in several if {(unit, part) for part in each.parts or (each,)}
+                                             <= set(self.alone))]
 
     def _score(self, wanted: dict[int, list[Candidate]]) -> None:
         limit = self._began + _ALONE * 60 * self.job.minutes
@@ -180,11 +181,12 @@ class Search:
         laws = []
         for row in self.rows:
             alone = {item: row.damage(found["drift"]) for item, found in self.alone.items()}
-            laws.append(Damage({**alone, **{(unit, KEEP): 0.0 for unit in self.candidates}}))
-        bytes_of = {**{item: float(found["bytes"]) for item, found in self.alone.items()},
-                    **{(unit, KEEP): 0.0 for unit in self.candidates}}
-        clock = Time(self.base_ms[1] / self.base_ms[0], {item: value for item, value in self.saved.items()
-                                                         if item[1] == KEEP or item in self.alone})
+            laws.append(Damage({(unit, each): sum(alone[unit, part] for part in _measured(each))
+                                for unit, several in self.candidates.items() for each in several}))
+        bytes_of = {(unit, each): sum(float(self.alone[unit, part]["bytes"]) * share for part, share in self._shares(unit, each))
+                    for unit, several in self.candidates.items() for each in several}
+        clock = Time(self.base_ms[1] / self.base_ms[0], {(unit, each): self.saved[unit, each]
+                                                         for unit, several in self.candidates.items() for each in several})
         self.problem = Problem(self.candidates, self.rows, laws, clock, bytes_of, weight_bytes(self.bench.workshop.base))
         self._visit(dict.fromkeys(self.candidates, KEEP))
         levels = levels_of(self.job)
@@ -201,6 +203,13 @@ class Search:
             if fresh is None:
                 return
             self._visit(fresh)
+
+    def _shares(self, unit: int, each: Candidate) -> list[tuple[Candidate, float]]:
+        """What was measured of a candidate, and how much of it: of a pair only the neurons left change their form."""
+        if each.parts is None:
+            return [(part, 1.0) for part in _measured(each)]
+        assert each.neurons is not None
+        return list(zip(each.parts, (1.0, each.neurons / self.bench.workshop.blocks[unit].d_ff), strict=True))
 
     def _visit(self, choice: Choice) -> None:
         """Build and measure a choice, and learn from it."""
@@ -295,6 +304,11 @@ def search_file(job: SearchJob, progress: Progress = lambda message: None, *, dr
     """
     search = Search(job, progress)
     return search.plan() if dry_run else search.run()
+
+
+def _measured(each: Candidate) -> tuple[Candidate, ...]:
+    """What is measured alone of a candidate: a pair is its two parts, whose errors add up; nothing of what is kept."""
+    return () if each == KEEP else each.parts or (each,)
 
 
 def _write(path: Path, text: str) -> None:

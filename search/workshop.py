@@ -16,6 +16,7 @@ from ..passes.evidence import Evidence, Streams
 from ..passes.ledger import Ledger
 from ..passes.measure import unmeasurable
 from ..passes.neuron_fit import NeuronFit
+from ..passes.neuron_selection import Indices
 from ..passes.plan import Plan
 from ..passes.remove_ffn import RemoveFFN
 from ..passes.runner import run_plan
@@ -42,6 +43,7 @@ class Workshop:
         self.base = Model.load(path)
         self.target, self.threads, self.progress = target, threads, progress
         self._fit = fit
+        self._survivors: tuple[int, dict[int, Indices]] | None = None
         ledger = Ledger(self.base)
         exact = exact_passes()
         results = run_plan(self.base, Plan(tuple(exact)), provider=target, threads=threads, progress=progress,
@@ -68,8 +70,14 @@ class Workshop:
                 yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=True, weight="auto", target="stream")
 
     def fit(self, unit: int, width: int, evidence: Evidence) -> NeuronFit:
-        """What ``slim-ffn`` would put in the place of a block."""
-        return SlimFFN(multiple=1).fit(self.blocks[unit], evidence, width)
+        """What ``slim-ffn`` would put in the place of a block; neurons for all widths leave in one go."""
+        each, block = SlimFFN(multiple=1), self.blocks[unit]
+        if not width:
+            return each.fit(block, evidence, 0)
+        if self._survivors is None or self._survivors[0] != unit or width not in self._survivors[1]:
+            widths = {width, *(one.neurons for one in block_candidates(block, self.target) if one.neurons)}
+            self._survivors = unit, each.survivors(block, evidence, sorted(widths))
+        return each.fit(block, evidence, width, self._survivors[1][width])
 
     def stand_in(self, unit: int, width: int) -> NeuronFit:
         """Something of the same shape that was not fitted, to be timed."""

@@ -79,8 +79,7 @@ class Search:
         """What a search would measure, and about how long that takes, in minutes."""
         shop = self.bench.workshop
         shapes = {block_key(shop, unit) for unit in shop.blocks}
-        drift = {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
-                 for unit, several in self.candidates.items()}
+        drift = {unit: [each for each in several if each.parts is None] for unit, several in self._unknown().items()}
         started = time.perf_counter()
         self.bench.yardstick.measure(shop.base.copy())
         one = time.perf_counter() - started
@@ -139,8 +138,7 @@ class Search:
         return how(*arguments)
 
     def _alone(self) -> None:
-        wanted = {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
-                  for unit, several in self.candidates.items()}
+        wanted = self._unknown()
         cheap = {unit: [each for each in several if not each.fitted] for unit, several in wanted.items()}
         fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
         for part in (cheap, fitted):
@@ -153,6 +151,11 @@ class Search:
                     self.alone[unit, each] = found
             self.candidates[unit] = [KEEP, *(each for each in several if {(unit, part) for part in each.parts or (each,)}
                                              <= set(self.alone))]
+
+    def _unknown(self) -> dict[int, list[Candidate]]:
+        """Unit → candidates that were not measured alone."""
+        return {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
+                for unit, several in self.candidates.items()}
 
     def _score(self, wanted: dict[int, list[Candidate]]) -> None:
         limit = self._began + _ALONE * 60 * self.job.minutes

@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,9 @@ def run_tasks(tasks: Sequence[Task], setting: Setting, pool: Callable[[], Execut
                 try:
                     for each, scored in future.result():
                         done(tasks[number][0], each, scored)
-                except (BrokenProcessPool, RuntimeError) as error:
+                except InputError:
+                    raise
+                except Exception as error:  # the pool's own word for a worker that is gone; each has another one
                     attempts[number] += 1
                     if attempts[number] >= _ATTEMPTS:
                         raise InputError(f"workers die at block {tasks[number][0]} ({type(error).__name__}): "

@@ -1,0 +1,134 @@
+"""Drift measured in other processes is the same drift, and a worker that dies costs what it was at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+from ffnfold.graph.errors import InputError
+from ffnfold.search.candidates import Candidate
+from ffnfold.search.delivery import pack, unpacked
+from ffnfold.search.scoring import Bench, Setting
+from ffnfold.search.workers import cluster, local_pool, run_tasks, tasks_of
+
+WANTED = {unit: [Candidate(form="int8"), Candidate(64), Candidate(0), Candidate(removed=True)] for unit in range(3)}
+DEADLY = """
+import os, pathlib
+marker = pathlib.Path(__file__).with_name("died")
+def once(ours, theirs, feed):
+    try:
+        marker.touch(exist_ok={always})
+    except FileExistsError:
+        return 0.0
+    os._exit(7)
+"""
+
+
+@pytest.fixture
+def setting(model, feeds) -> Setting:
+    return Setting(model, feeds, "cpu", 1)
+
+
+@pytest.fixture
+def alone(setting):
+    """What one process measures."""
+    bench = Bench(setting)
+    return {(unit, each): bench.score(unit, each) for unit, several in WANTED.items() for each in several}
+
+
+def collect(setting, tasks, pool):
+    found = {}
+    run_tasks(tasks, setting, pool, lambda unit, each, scored: found.__setitem__((unit, each), scored))
+    return found
+
+
+@pytest.mark.parametrize(("workers", "parts"), [(1, 3), (3, 3), (4, 6), (7, 6), (12, 12), (100, 12)])
+def test_there_is_work_for_every_worker_and_every_candidate_once(workers, parts):
+    tasks = tasks_of(WANTED, workers)
+    assert len(tasks) == parts
+    assert sorted((unit, str(each)) for unit, several in tasks for each in several) == sorted(
+        (unit, str(each)) for unit, several in WANTED.items() for each in several)
+
+
+@pytest.mark.timeout(200)
+def test_processes_measure_what_one_process_measures(setting, alone):
+    assert collect(setting, tasks_of(WANTED, 2), lambda: local_pool(2)) == alone
+
+
+@pytest.mark.timeout(200)
+def test_what_a_dead_process_was_at_runs_again(setting, tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(DEADLY.format(always=False))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wanted = {unit: several[:1] for unit, several in WANTED.items()}
+    dying = Setting(setting.model, setting.data, "cpu", 1, score="deadly:once")
+    opened: list[ProcessPoolExecutor] = []
+
+    def pool():
+        opened.append(local_pool(2))
+        return opened[-1]
+
+    found = collect(dying, tasks_of(wanted, 2), pool)
+    assert set(found) == {(unit, each) for unit, several in wanted.items() for each in several}
+    assert (tmp_path / "died").exists()
+    assert len(opened) == 2
+
+
+@pytest.mark.timeout(200)
+def test_what_kills_every_process_is_given_up_in_one_line(setting, tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(DEADLY.format(always=True))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    dying = Setting(setting.model, setting.data, "cpu", 1, score="deadly:once")
+    with pytest.raises(InputError, match="workers die at block 0"):
+        collect(dying, [(0, [Candidate(form="int8")])], lambda: local_pool(1))
+
+
+def test_nobody_at_the_address_is_one_line(setting):
+    pytest.importorskip("distributed")
+    with pytest.raises(InputError, match="nobody answers there"), cluster("tcp://127.0.0.1:1", setting):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_cluster_of_which_a_worker_is_killed_measures_what_one_process_measures(setting, alone, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=4, threads_per_worker=1, processes=True, dashboard_address=None,
+                                  local_directory=str(tmp_path / "dask")) as local:
+        victim = next(iter(local.workers.values())).process.pid
+        with cluster(local.scheduler_address, setting) as (pool, workers, sent):
+            assert workers == 4
+            killed = threading.Timer(3.0, os.kill, (victim, signal.SIGKILL))
+            killed.start()
+            assert collect(sent, tasks_of(WANTED, 12), pool) == alone
+            killed.join()
+        limit = time.monotonic() + 60
+        while Path(f"/proc/{victim}").exists() and time.monotonic() < limit:
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_workers_that_see_no_files_get_them(setting, alone, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None,
+                                  local_directory=str(tmp_path / "dask")) as local, \
+            distributed.Client(local.scheduler_address) as client:
+        archive = pack(setting.model, setting.data, tmp_path)
+        client.upload_file(str(archive), load=False)
+        workers = list(client.scheduler_info()["workers"])
+        assert len(workers) == 2
+        for worker in workers:
+            task = client.submit(unpacked, archive.name, setting.model.name, workers=[worker], pure=False)
+            model, feeds = task.result()
+            assert model.read_bytes() == setting.model.read_bytes()
+            assert {file.name: file.read_bytes() for file in feeds.iterdir()} == {
+                file.name: file.read_bytes() for file in setting.data.iterdir()}
+        away = Setting(tmp_path / "nowhere" / "model.onnx", tmp_path / "nowhere" / "feeds", "cpu", 1, archive=archive.name)
+        assert collect(away, tasks_of(WANTED, 2), client.get_executor) == alone

@@ -72,7 +72,7 @@ class Region:
     biases: dict[int, list[Folded]] = field(default_factory=dict)
     steps: list[gs.Node] = field(default_factory=list)
     _constants: dict[int, Folded] = field(default_factory=dict)
-    _bias_values: set[tuple[int, int]] = field(default_factory=set)
+    bias_values: set[tuple[int, int]] = field(default_factory=set)
 
     def evaluate(self, leaves: Sequence[Array], *, neuron: int | None = None, biased: bool = False) -> Array:
         """h for given leaf values, in float64.
@@ -103,7 +103,7 @@ class Region:
             if id(tensor) in values:
                 return values[id(tensor)]
             array = self._numbers(self._constants[id(tensor)], neuron)
-            return np.zeros_like(array) if biased and (id(node), index) in self._bias_values else array
+            return np.zeros_like(array) if biased and (id(node), index) in self.bias_values else array
 
         if node.op in ALIASES or node.op in NORMS or node.op == "Transpose":
             return read(0, node.inputs[0])
@@ -246,7 +246,7 @@ class Walker:
                     folded = constants[id(value)]
                     if folded.size == region.width and region.width > 1:
                         region.biases.setdefault(starts[id(other)], []).append(folded)
-                        region._bias_values.add((id(node), index))
+                        region.bias_values.add((id(node), index))
 
 
 def _sorted(order: list[gs.Node]) -> list[gs.Node]:

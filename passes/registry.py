@@ -18,6 +18,7 @@ from .fold_norm import FoldNorm
 from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
 from .merge_linears import MergeLinears
+from .prune_bias import PruneBias
 from .prune_skip import PruneSkip
 from .quantize_ffn import QuantizeFFN
 from .remove_attention import RemoveAttention
@@ -31,8 +32,8 @@ from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul,
-    LinearizeFFN, MergeLinears, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN, SlimFFN,
-    SparsifyFFN, SplitFFN, ToHalf)}
+    LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN,
+    SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

@@ -23,7 +23,8 @@ from .token_weights import token_weights, weight_values
 
 Array = npt.NDArray[Any]
 NEAR = 8  # blocks further apart are not compared
-_TOKENS = 4096
+_TOKENS = 4  # for each feature of the block, up to
+_MOST = 4096
 _HELD_OUT = 5
 _RIDGE = 1e-3
 
@@ -77,8 +78,8 @@ def function(block: FFNBlock, x: Array) -> Array:
 def _sample(model: Model, blocks: Sequence[FFNBlock], weight: str, context: Context) -> dict[int, tuple[Array, Array, Array]]:
     assert context.fit is not None
     parts: dict[int, list[tuple[Array, Array, Array]]] = {block.index: [] for block in blocks}
-    seen = 0
-    each_feed = max(1, -(-_TOKENS // len(context.fit)))
+    seen, wanted = 0, min(_MOST, _TOKENS * max(block.d_model + block.d_out for block in blocks) // 2)
+    each_feed = max(1, -(-wanted // len(context.fit)))
     for part in _captured(model, blocks, weight, context):
         most = 0
         for index, rows in part.items():
@@ -86,7 +87,7 @@ def _sample(model: Model, blocks: Sequence[FFNBlock], weight: str, context: Cont
             parts[index].append(tuple(values[::step] for values in rows))  # type: ignore[arg-type]
             most = max(most, len(rows[0][::step]))
         seen += most
-        if seen >= _TOKENS:
+        if seen >= wanted:
             break
     return {index: tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[misc]
             for index, found in parts.items()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from ..graph.attention import Attention
 from ..graph.builder import Builder
@@ -102,6 +103,8 @@ def why_it_stays(attention: Attention) -> Refused | None:
     """Why ``attention`` cannot be taken out; None where it can."""
     if not attention.present:
         return Refused("its residual Add is gone", attention.output.name)
+    if attention.join.node.op in ("Add", "Sum") and not_alike(attention.join.residual, attention.join.node.outputs[0]):
+        return Refused("the residual alone has another shape or type than the sum", attention.join.residual.name)
     if attention.fused_cache:
         return Refused(f"{attention.core.op} also gives out keys and values that are read, so it would have to stay",
                        attention.core.outputs[1].name)
@@ -111,3 +114,13 @@ def why_it_stays(attention: Attention) -> Refused | None:
 def drop(model: Model, attention: Attention, constant: Array | None) -> None:
     """Take ``attention`` out of the Add that it goes into, ``constant`` ``[d]`` in its place where there is one."""
     cut_out(Builder(model, attention.graph, attention.name, stream_type(attention)), attention, constant)
+
+
+def not_alike(a: gs.Tensor, b: gs.Tensor) -> bool:
+    """Whether two values surely differ in type, rank or a fixed dimension."""
+    if isinstance(a.dtype, int) and isinstance(b.dtype, int) and a.dtype != b.dtype:
+        return True
+    if a.shape is None or b.shape is None:
+        return False
+    fixed = ((x, y) for x, y in zip(a.shape, b.shape, strict=False) if isinstance(x, int) and isinstance(y, int))
+    return len(a.shape) != len(b.shape) or any(x != y and 1 in (x, y) for x, y in fixed)

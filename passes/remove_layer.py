@@ -15,7 +15,7 @@ from .base import Context, Refused
 from .bypass import bypass, splice, stream_type
 from .measure import rows
 from .removal import Removal
-from .remove_attention import drop, why_it_stays
+from .remove_attention import drop, not_alike, why_it_stays
 from .scores import Cosine
 
 
@@ -45,6 +45,11 @@ class RemoveLayer(Removal):
         block = layer.block
         if all(block.join.node is not node for node in block.graph.nodes):
             return Refused("it joins the stream of another graph", block.output.name)
+        if layer.end is not None and not_alike(layer.start, layer.end):
+            return Refused("what goes into the layer has another shape or type than what comes out", layer.start.name)
+        join = block.join
+        if layer.end is None and join.node.op in ("Add", "Sum") and not_alike(join.residual, join.node.outputs[0]):
+            return Refused("the residual alone has another shape or type than the sum", join.residual.name)
         return next((refusal for refusal in map(why_it_stays, layer.attention) if refusal is not None), None)
 
     def take_out(self, model: Model, layer: Layer, context: Context) -> Refused | None:

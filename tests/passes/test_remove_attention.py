@@ -241,6 +241,20 @@ def test_attention_inside_an_if_goes_but_has_no_mean(tmp_path):
     assert "subgraph main/" in result.refused[0].reason
 
 
+@pytest.mark.parametrize("plan", ["remove-attention:keep=nothing", "remove-layer"])
+def test_a_residual_that_is_repeated_for_the_batch_stays(tmp_path, plan):
+    s = Sketch()
+    x, start = s.input("x", ["batch", "tokens", D]), s.input("start", [1, 5, D])
+    mixed = s.op("MatMul", s.op("Softmax", s.op("MatMul", s.linear(start, D, D), s.op("Transpose", x, perm=[0, 2, 1]))),
+                 s.op("Add", x, start))
+    s.op("Add", start, s.linear(mixed, D, D), out=s.info("sum", [2, 5, D]))
+    s.op("Add", "sum", s.ffn("sum"), out=s.output("y", [2, 5, D]))
+    feed = {**X, "start": X["x"][:1]}
+    model, [result] = rewrite(s, tmp_path, plan)
+    assert (result.fired, "another shape" in result.refused[0].reason) == (0, True)
+    assert drift(run(s.model(), feed), run(model, feed)) < 1e-6
+
+
 def test_no_attention_no_removal(tmp_path):
     s = Sketch()
     x = s.input("x", ["batch", "tokens", D])

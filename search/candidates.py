@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..graph.ffn import FFNBlock
 from ..passes.base import Pass
 from ..passes.blocks import Blocks
+from ..passes.factorize_ffn import FactorizeFFN
 from ..passes.plan import EXACT_PLAN, Plan
 from ..passes.quantize_ffn import QuantizeFFN
 from ..passes.remove_ffn import RemoveFFN
@@ -18,6 +19,7 @@ OTHERS = -1
 """The unit that stands for the linears outside FFN blocks, those of attention."""
 _EIGHTHS = (1, 2, 3, 4, 5, 6)
 _FEW_EIGHTHS = (2, 4)
+_RATIOS = (0.25, 0.5)
 _FORMS: dict[str, dict[str, object]] = {
     "int8": {"form": "dynamic"}, "int8-plain": {"form": "dynamic", "row_scale": "false"}, "8-bit": {"form": "nbits"},
     "4-bit": {"bits": 4}, "stored-8-bit": {"form": "weight-only"}}
@@ -32,21 +34,25 @@ class Candidate:
     Attributes:
         neurons: how many stay, beside an affine map of the input; 0: the affine map alone; None: all, as they are.
         removed: the block is gone, its mean kept.
+        ratio: part of the numbers that stays in two thin matrices for each; 0: the matrices are whole.
         form: how weights are stored and multiplied; empty: as they are.
     """
 
     neurons: int | None = None
     removed: bool = False
     form: str = ""
+    ratio: float = 0.0
 
     def __str__(self) -> str:
-        body = "removed" if self.removed else "" if self.neurons is None else f"slim-{self.neurons}" if self.neurons else "affine"
+        body = "removed" if self.removed else f"low-rank-{self.ratio:g}" if self.ratio else ""
+        if self.neurons is not None:
+            body = f"slim-{self.neurons}" if self.neurons else "affine"
         return "+".join(part for part in (body, self.form) if part) or "keep"
 
     @property
     def fitted(self) -> bool:
         """Whether feeds are fitted to."""
-        return self.neurons is not None
+        return self.neurons is not None or self.ratio > 0
 
     @property
     def parts(self) -> tuple[Candidate, Candidate] | None:
@@ -69,6 +75,7 @@ def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list
     slim = [width for width in sorted(widths) if matrices * width + block.d_model < whole]
     found = [KEEP, *(Candidate(form=form) for form in forms), *(Candidate(width) for width in (0, *slim))]
     found += [Candidate(width, form=form) for width in slim for form in paired]
+    found += [] if few else [Candidate(ratio=ratio) for ratio in _RATIOS]
     return [*found, Candidate(removed=True)]
 
 
@@ -102,6 +109,8 @@ def plan_of(choice: Choice, target: str) -> Plan:
         units = [unit for several in widths.values() for unit in several]
         text = "/".join(f"{width}@{_blocks(several)}" for width, several in sorted(widths.items()))
         passes.append(SlimFFN(_blocks(units), widths=text, multiple=1))
+    for ratio in sorted({each.ratio for each in choice.values()} - {0.0}):
+        passes.append(FactorizeFFN(_blocks([unit for unit, each in choice.items() if each.ratio == ratio]), ratio=ratio))
     others = choice.get(OTHERS, KEEP).form
     for form in _FORMS:
         units = [unit for unit, each in choice.items() if each.form == form and unit != OTHERS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ from .workshop import Workshop
 from .yardstick import Yardstick, load_score
 
 Scored = dict[str, Any]
-"""``drift`` and ``bytes`` more than the base, or ``refused`` and why."""
+"""``drift`` and ``bytes`` more than the base, or ``refused`` and why; ``seconds`` that it took, ``moments`` of them for those."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ class Bench:
         self._unit: int | None = None
         self._evidence: Evidence | None = None
         self._coming: Any = None
+        self._waited = 0.0
 
     def score(self, unit: int, each: Candidate) -> Scored:
         """Measure one candidate."""
+        started, self._waited = time.perf_counter(), 0.0
+        found = self._scored(unit, each)
+        return {**found, "seconds": round(time.perf_counter() - started, 3), "moments": round(self._waited, 3)}
+
+    def _scored(self, unit: int, each: Candidate) -> Scored:
         try:
             fits: dict[int, NeuronFit] = {}
             if each.neurons is not None:
@@ -81,13 +88,14 @@ class Bench:
     def _moments(self, unit: int) -> Evidence:
         if self._unit == unit and self._evidence is not None:
             return self._evidence
+        started = time.perf_counter()
         self._evidence = None  # let go of it before the next is made
         order = list(self.workshop.blocks)
         if self._coming is None or self._unit is None or order.index(unit) < order.index(self._unit):
             self._coming = self.workshop.evidence(order)
         for index, evidence in self._coming:
             if index == unit:
-                self._unit, self._evidence = unit, evidence
+                self._unit, self._evidence, self._waited = unit, evidence, time.perf_counter() - started
                 return evidence
         raise InputError(f"there is no block {unit}")
 

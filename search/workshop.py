@@ -13,6 +13,7 @@ from ..graph.model import Model
 from ..passes.base import Context
 from ..passes.blocks import Blocks
 from ..passes.evidence import Evidence, Streams
+from ..passes.factorize_ffn import FactorizeFFN
 from ..passes.ledger import Ledger
 from ..passes.measure import unmeasurable
 from ..passes.neuron_fit import NeuronFit
@@ -86,11 +87,12 @@ class Workshop:
         return NeuronFit(np.arange(width), random.standard_normal((width, block.d_out)) * 0.01,
                          random.standard_normal((block.d_model, block.d_out)) * 0.01, np.zeros(block.d_out), 0.0, 0.0)
 
-    def rewritten(self, changes: Mapping[int, Candidate], fits: Mapping[int, NeuronFit]) -> Model | None:
+    def rewritten(self, changes: Mapping[int, Candidate], fits: Mapping[int, NeuronFit], timed: bool = False) -> Model | None:
         """A copy of ``base`` with units rewritten; None where a pass refuses one of them.
 
         Args:
-            fits: for the units that are fitted.
+            fits: for the units that are left with some neurons.
+            timed: only the shapes of the weights matter.
 
         Raises:
             InputError: ONNX Runtime fails at what a pass measures.
@@ -103,6 +105,11 @@ class Workshop:
                     return None
                 block.settle()
                 SlimFFN(widths=f"{each.neurons}@{block.index}").rewrite(trial, block, fits[unit], self._context(trial))
+            elif each.ratio:
+                block = self.find(trial, unit)
+                if block is None or not FactorizeFFN(Blocks((block.index,)), ratio=each.ratio, whiten=not timed).run(
+                        trial, self._context(trial)).fired:
+                    return None
             elif each.removed:
                 block = self.find(trial, unit)
                 if block is None or not RemoveFFN(Blocks((block.index,))).run(trial, self._context(trial, few=True)).fired:

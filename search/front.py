@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..passes.plan import Plan
 from .candidates import Choice
 from .goal import Row
 from .yardstick import Drift
+
+_SURE = 0.9
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Point:
 
     Attributes:
         choice, plan: what it is.
-        drift: on the feeds that choose; time: as a part of the original's, over all shapes; bytes: of its weights.
+        drift: on the feeds that choose; parts: on parts of them, which say how sure it is.
+        time: as a part of the original's, over all shapes; bytes: of its weights.
         expected: what was predicted.
     """
 
@@ -40,6 +45,20 @@ class Point:
     time: float
     bytes: int
     expected: Expected
+    parts: Sequence[Drift] = ()
+
+    def upper(self, rows: Sequence[Row]) -> tuple[float, ...]:
+        """The damage that each row stays below on other feeds of the kind, nine times in ten: Student's t over the parts."""
+        from scipy.special import stdtrit  # takes 0.1 s to import
+
+        found = []
+        for row, damage in zip(rows, self.damages(rows), strict=True):
+            parts = [row.damage(part) for part in self.parts]
+            error = 0.0
+            if len(parts) > 1 and np.isfinite(parts).all():
+                error = float(stdtrit(len(parts) - 1, _SURE) * np.std(parts, ddof=1) / len(parts) ** 0.5)
+            found.append(damage + error)
+        return tuple(found)
 
     def damages(self, rows: Sequence[Row]) -> tuple[float, ...]:
         """The damage of each row."""

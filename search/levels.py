@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from .candidates import Candidate, Choice
 from .choice import Bound, Sizes
@@ -56,6 +58,7 @@ class Problem:
     Attributes:
         units: what may become of each.
         rows, laws: what is limited, and how damage adds up there.
+        slack: of each row, the damage over what it is at most within its error, usually.
         clock: how time adds up; bytes_of: by how much each form changes the size, ``base_bytes`` before.
     """
 
@@ -65,6 +68,17 @@ class Problem:
     clock: Time
     bytes_of: Sizes
     base_bytes: int
+    slack: dict[Row, float] = field(default_factory=dict)
+
+    def learn(self, points: Sequence[Point]) -> None:
+        """Correct all laws by what was measured."""
+        for row, law in zip(self.rows, self.laws, strict=True):
+            law.learn([(point.choice, row.damage(point.drift)) for point in points])
+        self.clock.learn([(point.choice, point.time) for point in points])
+        for number, row in enumerate(self.rows):
+            shares = [point.damages(self.rows)[number] / upper for point in points
+                      if 1e-9 < (upper := point.upper(self.rows)[number]) < math.inf]
+            self.slack[row] = float(np.median(shares)) if shares else 1.0
 
     def expected(self, choice: Choice) -> Expected:
         """What a choice will cost and gain."""
@@ -83,14 +97,16 @@ class Problem:
             return self._harm(time), bounds
         for row, law in zip(self.rows, self.laws, strict=True):
             assert row.limit is not None
-            bounds.append(Bound(law.sizes(), law.sum_at(row.limit * level.damage)))
+            sure = min(1.0, self.slack.get(row, 1.0) / MARGIN)
+            bounds.append(Bound(law.sizes(), law.sum_at(row.limit * level.damage * sure)))
         return time, bounds
 
     def best(self, points: Sequence[Point], job: SearchJob) -> Point:
         """The best point for ``job`` of those measured; the nearest to its limits where none keeps them."""
         def excess(point: Point) -> float:
-            damages = zip(self.rows, point.damages(self.rows), strict=True)
-            over = [damage / max(row.limit * MARGIN, 1e-300) - 1 for row, damage in damages if row.limit is not None]
+            sure = zip(self.rows, point.damages(self.rows), point.upper(self.rows), strict=True)
+            over = [max(damage / MARGIN, upper) / max(row.limit, 1e-300) - 1 for row, damage, upper in sure
+                    if row.limit is not None]
             if job.max_bytes is not None:
                 over.append(point.bytes / job.max_bytes - 1)
             if not job.limits and job.min_speedup is not None:

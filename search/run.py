@@ -218,15 +218,14 @@ class Search:
         """Build and measure a choice, and learn from it."""
         plan = plan_of(choice, self.job.target)
         expected = self.problem.expected(choice)
-        found = self.records.measure(partial(self._build, choice, plan), "plan", plan.to_yaml(), self._machine)
+        found = self.records.measure(partial(self._build, choice, plan), "built", plan.to_yaml(), self._machine)
         if "refused" in found:
             self.points[text_of(choice)] = Point(dict(choice), plan, {}, math.inf, 0, expected)
             return
-        self.points[text_of(choice)] = Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected)
+        self.points[text_of(choice)] = Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected,
+                                              found["parts"])
         good = [point for point in self.points.values() if math.isfinite(point.time)]
-        for row, law in zip(self.rows, self.problem.laws, strict=True):
-            law.learn([(point.choice, row.damage(point.drift)) for point in good])
-        self.problem.clock.learn([(point.choice, point.time) for point in good])
+        self.problem.learn(good)
 
     def _build(self, choice: Choice, plan: Plan) -> dict[str, Any]:
         self.progress(f"plan: {text_of(choice)}")
@@ -235,12 +234,12 @@ class Search:
         try:
             run_plan(model, plan, fit=split.fit, choose=split.choose, provider=self.job.target, threads=self.job.threads,
                      progress=self.progress, fits=self.fits)
-            drift = self.bench.yardstick.measure(model)
+            drift, *parts = self.bench.yardstick.measure_parts(model)
         except (InputError, BrokenByPass) as error:
             return {"refused": " ".join(str(error).split())[:200]}
         self.progress("timing the plan")
         times = race_whole([self.bench.workshop.original, model], self.traffic, target=self.job.target, threads=self.job.threads)
-        return {"drift": drift, "time": times[1], "bytes": weight_bytes(model)}
+        return {"drift": drift, "parts": parts, "time": times[1], "bytes": weight_bytes(model)}
 
     def _finish(self) -> dict[str, Any]:
         job = self.job

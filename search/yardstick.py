@@ -18,6 +18,7 @@ from ..runtime.specs import Array
 from .goal import WHOLE
 
 _MOST_HELD = 1 << 29  # bytes of the reference's outputs that are kept; beyond, it runs again each time
+_PARTS = 8
 Drift = dict[str, dict[str, float | None]]
 Score = Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], float]
 
@@ -55,30 +56,22 @@ class Yardstick:
         Raises:
             InputError: ONNX Runtime refuses the candidate, or its outputs have other shapes.
         """
+        return self.measure_parts(candidate, 0)[0]
+
+    def measure_parts(self, candidate: Model, parts: int = _PARTS) -> list[Drift]:
+        """The same over all feeds, and then over each of some parts of them, which say how sure it is."""
         session = open_session(candidate, **self._options)  # type: ignore[arg-type]
-        metrics = {name: OutputMetrics(name in self.logits) for name in self.outputs}
-        losses, scores = np.zeros(2), []
-        count = 0
+        parts = min(parts, len(self._feeds)) if len(self._feeds) > 1 else 0
+        tallies = [_Tally(self.outputs, self.logits) for _ in range(1 + parts)]
         for number, feed in enumerate(self._feeds):
             ours, theirs = self._reference(number, feed), session.run(feed, self.outputs)
-            padding = Padding(feed)
-            for name in self.outputs:
-                if ours[name].shape != theirs[name].shape:
-                    raise InputError(f"output '{name}' has another shape: {list(theirs[name].shape)}")
-                metrics[name].update(ours[name], theirs[name], padding)
-            if self._perplexity is not None:
-                tokens = tokens_of(feed, ours[self._perplexity])
-                found = [next_token_loss(each[self._perplexity], tokens, feed) for each in (ours, theirs)]
-                losses += [loss for loss, _ in found]
-                count += found[0][1]
-            if self._score is not None:
-                scores.append(float(self._score(ours, theirs, feed)))
-        drift: Drift = {name: {key: _plain(value) for key, value in each.result().items()} for name, each in metrics.items()}
-        if self._perplexity is not None or self._score is not None:
-            change = float(losses[1] - losses[0]) / max(1, count)
-            drift[WHOLE] = {**({"perplexity": _plain(math.exp(min(change, 700.0)))} if self._perplexity is not None else {}),
-                            **({"score": _plain(float(np.mean(scores)))} if scores else {})}
-        return drift
+            for tally in tallies if not parts else (tallies[0], tallies[1 + number % parts]):
+                tally.add(ours, theirs, feed)
+                if self._perplexity is not None:
+                    tally.add_loss(ours[self._perplexity], theirs[self._perplexity], feed)
+                if self._score is not None:
+                    tally.scores.append(float(self._score(ours, theirs, feed)))
+        return [tally.drift() for tally in tallies]
 
     def _reference(self, number: int, feed: dict[str, Any]) -> dict[str, Any]:
         if self._held is not None and number < len(self._held):
@@ -89,6 +82,38 @@ class Yardstick:
             if sum(value.nbytes for each in self._held for value in each.values()) > _MOST_HELD:
                 self._held = None
         return found
+
+
+class _Tally:
+    """Metrics over some feeds."""
+
+    def __init__(self, outputs: Sequence[str], logits: set[str]) -> None:
+        self._metrics = {name: OutputMetrics(name in logits) for name in outputs}
+        self._losses, self._tokens = np.zeros(2), 0
+        self.scores: list[float] = []
+
+    def add(self, ours: dict[str, Any], theirs: dict[str, Any], feed: dict[str, Any]) -> None:
+        padding = Padding(feed)
+        for name, each in self._metrics.items():
+            if ours[name].shape != theirs[name].shape:
+                raise InputError(f"output '{name}' has another shape: {list(theirs[name].shape)}")
+            each.update(ours[name], theirs[name], padding)
+
+    def add_loss(self, ours: Array, theirs: Array, feed: dict[str, Any]) -> None:
+        tokens = tokens_of(feed, ours)
+        found = [next_token_loss(each, tokens, feed) for each in (ours, theirs)]
+        self._losses += [loss for loss, _ in found]
+        self._tokens += found[0][1]
+
+    def drift(self) -> Drift:
+        drift: Drift = {name: {key: _plain(value) for key, value in each.result().items()}
+                        for name, each in self._metrics.items()}
+        whole: dict[str, float | None] = {}
+        if self._tokens:
+            whole["perplexity"] = _plain(math.exp(min(float(self._losses[1] - self._losses[0]) / self._tokens, 700.0)))
+        if self.scores:
+            whole["score"] = _plain(float(np.mean(self.scores)))
+        return {**drift, WHOLE: whole} if whole else drift
 
 
 def load_score(text: str) -> Score:

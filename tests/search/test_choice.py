@@ -11,6 +11,7 @@ from ffnfold.graph.errors import InputError
 from ffnfold.runtime.limits import METRICS
 from ffnfold.search.candidates import KEEP, OTHERS, Candidate, plan_of
 from ffnfold.search.choice import Bound, choose
+from ffnfold.search.front import Expected, Point, front_of
 from ffnfold.search.goal import Row, damage, parse_goal, rows_of
 from ffnfold.search.prediction import Damage, Time
 
@@ -122,3 +123,30 @@ def test_a_choice_becomes_a_plan_with_one_fit():
         {"quantize-ffn": {"blocks": "3+5", "form": "dynamic"}},
         {"quantize-ffn": {"blocks": "none", "form": "nbits", "also": "attention"}}]
     assert type(plan).from_entries(plan.entries()) == plan
+
+
+def test_few_feeds_that_scatter_leave_more_room_than_many():
+    rows = [Row("cosine_mean", "y", 0.1)]
+
+    def point(*cosines: float) -> Point:
+        parts = [{"y": {"cosine_mean": each}} for each in cosines]
+        mean = {"y": {"cosine_mean": float(np.mean(cosines))}}
+        return Point({}, plan_of({}, "cpu"), mean, 1.0, 0, Expected((0.0,), 1.0), parts)
+
+    [alike] = point(0.95, 0.95, 0.95, 0.95).upper(rows)
+    [many] = point(*[0.93, 0.97] * 4).upper(rows)
+    [few] = point(0.93, 0.97).upper(rows)
+    assert alike == pytest.approx(0.05)
+    assert 0.05 < many < 0.07 < few
+    [one] = point(0.95).upper(rows)
+    assert one == pytest.approx(0.05)
+
+
+def test_the_front_is_what_no_other_plan_beats():
+    rows = [Row("cosine_mean", "y")]
+
+    def point(cosine: float, time: float, size: int) -> Point:
+        return Point({}, plan_of({}, "cpu"), {"y": {"cosine_mean": cosine}}, time, size, Expected((0.0,), 1.0))
+
+    slow, beaten, fast, small = point(1.0, 1.0, 9), point(0.9, 0.8, 9), point(0.95, 0.7, 9), point(0.9, 0.9, 5)
+    assert front_of([beaten, fast, slow, small], rows) == [slow, small, fast]

@@ -27,12 +27,23 @@ def optimize_page(report: Mapping[str, Any], details: Mapping[str, Any], plan: s
     if report["speed"]:
         summary.append(("speed-up", "{speedup:.3f} ({low:.3f} to {high:.3f})".format(**report["speed"])))
     missed = [text for text in report["notes"] if text.startswith("a limit was missed")]
+    front, metric = _front(report.get("front", []))
     return Report(Path(report["output"]).name, ok=report["ok"], summary=summary, plan=plan, passes=report["passes"],
                   contributions=plain(report.get("contributions", [])),
                   drift=plain(details.get("drift")), timing=plain(details.get("timing")),
                   bytes={report["model"]: size["before"], report["output"]: size["after"]},
-                  equivalence=plain(report["equivalence"]), feeds=report["feeds"],
+                  equivalence=plain(report["equivalence"]), feeds=report["feeds"], front=front, drift_metric=metric,
                   notes=[text for text in report["notes"] if text not in missed], missed=missed)
+
+
+def _front(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Points of a search with the damage in the place of the drift, that of the first metric that was limited; and what it is."""
+    if not points:
+        return [], "drift"
+    name = next(iter(points[0]["damage"]))
+    metric, _, output = name.partition("@")
+    title = f"1 − {metric} of {output}" if metric.startswith(("cosine", "top")) else f"damage ({metric} of {output})"
+    return [{**plain(point), "drift": point["damage"][name]} for point in points], title
 
 
 def verify_page(reference: Path, candidate: Path, result: Mapping[str, Any], missed: Sequence[str],

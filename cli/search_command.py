@@ -10,11 +10,13 @@ import click
 from rich.table import Column, Table
 
 from ..graph.errors import InputError
+from ..passes.plan import Plan
 from ..search import SearchJob, search_file
 from ..search.goal import parse_goal
 from . import options
 from .output import console, emit, megabytes, progress, say
-from .report import print_report
+from .report import print_report, write_report
+from .report_folder import check_folder
 
 
 @click.command("search")
@@ -40,10 +42,13 @@ from .report import print_report
 @click.option("--cache", type=options.PATH, metavar="DIR", help="Where measurements are kept.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Another seed measures anew.")
 @click.option("--dry-run", is_flag=True, help="Say what would be measured and how long that takes.")
+@click.option("--report", "report_folder", type=options.PATH, metavar="DIR",
+              help="Write report.html, report.json, report.md and plan.yaml, with the front.")
 @options.as_json()
 def command(model: Path, output: Path, data: Path, max_drift: tuple[str, ...], min_speedup: float | None, max_bytes: int | None,
             target: str, shapes: tuple[str, ...], threads: int | None, budget: float, perplexity: str | None, score: str | None,
-            scheduler: str | None, workers: int, cache: Path | None, seed: int, dry_run: bool, as_json: bool) -> None:
+            scheduler: str | None, workers: int, cache: Path | None, seed: int, dry_run: bool,
+            report_folder: Path | None, as_json: bool) -> None:
     """Find the fastest plan for MODEL within limits, and write the model it makes to OUT.
 
     Exit code 1 when a limit is missed on the feeds that report, 2 on bad input.
@@ -52,9 +57,14 @@ def command(model: Path, output: Path, data: Path, max_drift: tuple[str, ...], m
         raise InputError("--scheduler and --workers both say where drift is measured: give one of them")
     job = SearchJob(model, output, data, limits=[parse_goal(text) for text in max_drift], min_speedup=min_speedup,
                     max_bytes=max_bytes, target=target, threads=threads, shapes=shapes, minutes=budget, perplexity=perplexity,
-                    score=score, scheduler=scheduler, workers=workers, cache=cache, seed=seed)
+                    score=score, scheduler=scheduler, workers=workers, cache=cache, seed=seed,
+                    detailed=report_folder is not None)
+    if report_folder is not None:
+        check_folder(report_folder)
     with progress(as_json) as tell:
         report = search_file(job, tell, dry_run=dry_run)
+    if report_folder is not None and not dry_run:
+        write_report(report, Plan.from_entries(report["plan"]), report_folder)
     if as_json:
         emit(report)
     elif dry_run:

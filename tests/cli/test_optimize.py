@@ -12,6 +12,7 @@ import yaml
 from contract import METRICS, OPTIMIZE, PASS, RATIO, VERIFY
 from feed_files import write_feeds
 from ffn_graphs import drift, run, transformer
+from ffnfold.passes.plan import Plan, default_plan
 
 FEED = {"x": np.random.default_rng(5).standard_normal((1, 4, 8)).astype(np.float32)}
 
@@ -257,3 +258,18 @@ def test_external_data_stays_external(cli, folder):
                                   "sqnr_db=10", "cosine_p5=0.5", "cosine_min=0.5", "mean_abs=1"])
 def test_every_metric_can_be_limited(cli, model, feeds, text):
     assert cli("optimize", model, "-o", "out.onnx", "-p", "quantize-ffn", "--data", feeds, "--max-drift", text).code == 0
+
+
+def test_a_limit_without_a_plan_is_searched_for(cli, model, feeds, folder):
+    limit = ("--max-drift", "cosine_mean=0.9", "--cache", folder / "cache")
+    outcome = cli("optimize", model, "-o", "out.onnx", "--data", feeds, *limit, "--threads", "1", "--json")
+    assert outcome.code == 0
+    assert outcome.json["drift"]["outputs"]["y"]["cosine_mean"] >= 0.9
+    assert any("a search of 2 minutes" in note for note in outcome.json["notes"])
+    assert Plan.from_entries(outcome.json["plan"]).entries() == outcome.json["plan"]
+
+
+def test_a_limit_for_a_target_that_is_not_here_takes_the_default_plan(cli, model, feeds):
+    limit = ("--max-drift", "cosine_mean=0.9", "--target", "cuda")
+    outcome = cli("optimize", model, "-o", "out.onnx", "--data", feeds, *limit, "--json")
+    assert outcome.json["plan"] == default_plan("cuda").entries()

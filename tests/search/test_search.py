@@ -28,8 +28,10 @@ def ended(process) -> dict:
 
 @pytest.mark.timeout(300)
 def test_the_best_plan_is_written_and_optimize_makes_the_same_model(start, model, feeds, tmp_path):
-    report = ended(start("a"))
+    report = ended(start("a", "--max-drift", "cosine_mean=0.97", "--report", tmp_path / "told"))
     assert report["ok"] is True
+    assert "Pareto front" in (tmp_path / "told/report.html").read_text()
+    assert json.loads((tmp_path / "told/report.json").read_text())["front"] == report["front"]
     assert report["drift"]["outputs"]["y"]["cosine_mean"] >= 0.97
     assert Plan.load(tmp_path / "a/plan.yaml").entries() == report["plan"]
     front = json.loads((tmp_path / "a/front.json").read_text())["front"]

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
 from ..passes.kept_fits import Fits
-from ..passes.optimize import Job, check_places, optimize_file
+from ..passes.optimize import Job, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
 from ..runtime.limits import LOGITS_METRICS
 from .candidates import KEEP, OTHERS, Candidate, Choice, plan_of
 from .choice import choose, text_of
-from .front import Point, front_of
+from .estimate import estimate
+from .front import Point
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
 from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_by_others
 from .levels import Problem, levels_of
+from .outcome import add_front, write_beside, write_best
 from .prediction import Damage, Time
 from .records import Records, default_folder
 from .scoring import Bench, Scored, Setting, weight_bytes
 from .setup import identity_of, traffic_of
 from .workers import cluster, local_pool, run_tasks, tasks_of
-from .yardstick import Yardstick, load_score
 
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _ALONE = 0.6  # part of the budget for measuring each form alone
@@ -53,6 +51,7 @@ class Search:
                                              and each.metric in LOGITS_METRICS})))
         progress(f"reading {job.model}")
         self.bench = Bench(self.setting, progress)
+        self.bench.yardstick.check()
         self.rows = self._check_limits()
         self.traffic = traffic_of(job, self.bench.workshop.original, self.bench.split.choose)
         folder = job.cache or default_folder()
@@ -63,6 +62,7 @@ class Search:
         self.fits = Fits(folder / identity / "fits")
         self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
         self.points: dict[str, Point] = {}
+        self._refused = ""
 
     def _check_limits(self) -> list[Row]:
         for each in self.job.limits:
@@ -74,27 +74,6 @@ class Search:
     def over(self) -> bool:
         """Whether the budget is spent."""
         return time.monotonic() > self._until
-
-    def plan(self) -> dict[str, Any]:
-        """What a search would measure, and about how long that takes, in minutes."""
-        shop = self.bench.workshop
-        shapes = {block_key(shop, unit) for unit in shop.blocks}
-        drift = {unit: [each for each in several if each.parts is None] for unit, several in self._unknown().items()}
-        started = time.perf_counter()
-        self.bench.yardstick.measure(shop.base.copy())
-        one = time.perf_counter() - started
-        forward = one / (2 * max(1, len(self.bench.split.choose)))
-        fitted = sum(any(each.fitted for each in several) for several in drift.values())
-        fit = 4 * forward * len(self.bench.split.fit)
-        alone = sum(map(len, drift.values())) * 1.5 * one + fit * (1 if fitted else 0)
-        latency = len(shapes) * len(self.traffic) * 20 + 40
-        return {"model": str(self.job.model), "dry_run": True, "ffn_blocks": len(shop.blocks), "block_shapes": len(shapes),
-                "candidates": {str(unit) if unit != OTHERS else "attention": list(map(str, several))
-                               for unit, several in self.candidates.items()},
-                "measurements": {"drift": sum(map(len, drift.values())), "latency": sum(len(self.candidates[unit])
-                                 for unit in {block_key(shop, unit): unit for unit in shop.blocks}.values())},
-                "minutes": {"alone": round((alone + latency) / 60, 2), "each_plan": round((fit + one + latency / 4) / 60, 2),
-                            "budget": self.job.minutes}}
 
     def run(self) -> dict[str, Any]:
         """Search, write the best model, and report."""
@@ -138,7 +117,7 @@ class Search:
         return how(*arguments)
 
     def _alone(self) -> None:
-        wanted = self._unknown()
+        wanted = self.unknown()
         cheap = {unit: [each for each in several if not each.fitted] for unit, several in wanted.items()}
         fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
         for part in (cheap, fitted):
@@ -152,7 +131,7 @@ class Search:
             self.candidates[unit] = [KEEP, *(each for each in several if {(unit, part) for part in each.parts or (each,)}
                                              <= set(self.alone))]
 
-    def _unknown(self) -> dict[int, list[Candidate]]:
+    def unknown(self) -> dict[int, list[Candidate]]:
         """Unit → candidates that were not measured alone."""
         return {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
                 for unit, several in self.candidates.items()}
@@ -220,6 +199,7 @@ class Search:
         expected = self.problem.expected(choice)
         found = self.records.measure(partial(self._build, choice, plan), "built", plan.to_yaml(), self._machine)
         if "refused" in found:
+            self._refused = self._refused or found["refused"]
             self.points[text_of(choice)] = Point(dict(choice), plan, {}, math.inf, 0, expected)
             return
         self.points[text_of(choice)] = Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected,
@@ -242,54 +222,18 @@ class Search:
         return {"drift": drift, "parts": parts, "time": times[1], "bytes": weight_bytes(model)}
 
     def _finish(self) -> dict[str, Any]:
-        job = self.job
-        points = [point for point in self.points.values() if math.isfinite(point.time)]
-        best = self.problem.best(points, job)
-        own = [each for each in job.limits if each.metric in OWN]
-        report = optimize_file(
-            Job(job.model, job.output, best.plan, data=job.data, provider=job.target, threads=job.threads, allow_cpu=True,
-                limits=[each for each in job.limits if each not in own], strict=job.strict, detailed=job.detailed,
-                external=job.external, split=self.bench.split, fits=self.fits), self.progress)
-        self._own_metrics(report, own)
-        speedup, size = 1 / best.time, report["bytes"]["after"]
-        if job.min_speedup is not None and speedup < job.min_speedup:
-            report["notes"].append(f"a limit was missed: the speed-up is {speedup:.3f}, should be at least {job.min_speedup:g}")
-            report["ok"] = False
-        if job.max_bytes is not None and size > job.max_bytes:
-            report["notes"].append(f"a limit was missed: the size is {size} bytes, should be at most {job.max_bytes}")
-            report["ok"] = False
-        report["speedup"] = speedup
-        report["front"] = [point.to_json(self.rows, point is best) for point in front_of(points, self.rows)]
-        if best.plan not in [point.plan for point in front_of(points, self.rows)]:
-            report["front"].append(best.to_json(self.rows, True))
-        report |= {"points": [point.to_json(self.rows, point is best) for point in points],
-                   "measured": self.records.measured + self.timings.measured,
+        points = list(self.points.values())
+        built = [point for point in points if math.isfinite(point.time)]
+        if not built:
+            raise InputError(f"{self.job.model}: {self._refused}")
+        best = self.problem.best(built, self.job)
+        report = write_best(self.job, self.bench, best, self.fits, self.progress)
+        add_front(report, best, built, self.rows)
+        report |= {"measured": self.records.measured + self.timings.measured,
                    "reused": self.records.reused + self.timings.reused, "seconds": round(time.monotonic() - self._began, 1)}
-        if job.beside:
-            self._write_beside(best, report)
+        if self.job.beside:
+            write_beside(self.job, best, report, self._machine[0])
         return report
-
-    def _write_beside(self, best: Point, report: dict[str, Any]) -> None:
-        job = self.job
-        _write(job.output.parent / "plan.yaml", best.plan.to_yaml())
-        told = {"model": str(job.model), "target": job.target, "machine": self._machine[0], "front": report["front"],
-                "points": report["points"]}
-        _write(job.output.parent / "front.json", json.dumps(told, indent=1) + "\n")
-
-    def _own_metrics(self, report: dict[str, Any], own: list[Any]) -> None:
-        """Perplexity and the user's score, on the feeds that report."""
-        if (self.job.perplexity is None and self.job.score is None) or not self.job.output.exists():
-            return
-        yardstick = Yardstick(self.bench.workshop.original, self.bench.split.report, provider=self.job.target,
-                              threads=self.job.threads, perplexity=self.job.perplexity,
-                              score=load_score(self.job.score) if self.job.score else None)
-        drift = yardstick.measure(Model.load(self.job.output))
-        report["own"] = drift["model"]
-        for limit in own:
-            value = drift["model"][limit.metric]
-            if value is None or not value <= limit.value:
-                report["notes"].append(f"a limit was missed: {limit.metric} is {value}, should be at most {limit.value:g}")
-                report["ok"] = False
 
 
 def search_file(job: SearchJob, progress: Progress = lambda message: None, *, dry_run: bool = False) -> dict[str, Any]:
@@ -305,22 +249,10 @@ def search_file(job: SearchJob, progress: Progress = lambda message: None, *, dr
         InputError: bad input; nothing is written then.
     """
     search = Search(job, progress)
-    return search.plan() if dry_run else search.run()
+    return estimate(job, search.bench, search.candidates, search.unknown(), search.traffic) if dry_run else search.run()
 
 
 def _measured(each: Candidate) -> tuple[Candidate, ...]:
     """What is measured alone of a candidate: a pair is its two parts, whose errors add up; nothing of what is kept."""
     return () if each == KEEP else each.parts or (each,)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror}): choose another folder") from None
 

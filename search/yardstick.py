@@ -50,6 +50,23 @@ class Yardstick:
         self._perplexity, self._score = perplexity, score
         self._held: list[dict[str, Any]] | None = []
 
+    def check(self) -> None:
+        """Measure the original against itself on one feed: what fails here fails for every candidate.
+
+        Raises:
+            InputError: it cannot be measured: no tokens for the perplexity, or the user's own metric fails.
+        """
+        feed = self._feeds[0]
+        found = self._reference(0, feed)
+        if self._perplexity is not None:
+            tokens_of(feed, found[self._perplexity])
+        if self._score is not None:
+            try:
+                float(self._score(found, found, feed))
+            except Exception as error:  # whatever the user's function raises
+                raise InputError(f"--score: it fails on the original's own outputs ({type(error).__name__}: "
+                                 f"{str(error)[:150]})") from None
+
     def measure(self, candidate: Model) -> Drift:
         """The metrics of each output, and of the whole model where there are any of it.
 

@@ -1,0 +1,39 @@
+"""What a search would measure, and how long that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .candidates import OTHERS, Candidate
+from .job import SearchJob
+from .latency import Traffic, block_key
+from .scoring import Bench
+
+_LATENCY, _WHOLE = 20.0, 40.0  # seconds: of a shape of block at a shape of input, and of the whole models
+
+
+def estimate(job: SearchJob, bench: Bench, candidates: Mapping[int, Sequence[Candidate]],
+             unknown: Mapping[int, Sequence[Candidate]], traffic: Sequence[Traffic]) -> dict[str, Any]:
+    """The candidates, how many of them are to be measured, and about how many minutes that takes: one of them is measured.
+
+    Args:
+        unknown: those that were not measured before.
+    """
+    shop = bench.workshop
+    shapes = {block_key(shop, unit): unit for unit in shop.blocks}
+    drift = [each for several in unknown.values() for each in several if each.parts is None]
+    started = time.perf_counter()
+    bench.yardstick.measure(shop.base.copy())
+    one = time.perf_counter() - started
+    forward = one / (2 * max(1, len(bench.split.choose)))
+    fit = 4 * forward * len(bench.split.fit)  # the model twice, and as long for the moments
+    alone = len(drift) * 1.5 * one + fit * any(each.fitted for each in drift)
+    latency = len(shapes) * len(traffic) * _LATENCY + _WHOLE
+    return {"model": str(job.model), "dry_run": True, "ffn_blocks": len(shop.blocks), "block_shapes": len(shapes),
+            "candidates": {"attention" if unit == OTHERS else str(unit): [str(each) for each in several]
+                           for unit, several in candidates.items()},
+            "measurements": {"drift": len(drift), "latency": sum(len(candidates[unit]) for unit in shapes.values())},
+            "minutes": {"alone": round((alone + latency) / 60, 2), "each_plan": round((fit + one + latency / 4) / 60, 2),
+                        "budget": job.minutes}}

@@ -3,7 +3,7 @@
 A block is cut out of the model, from the values that it reads of the residual stream to what its residual Add gives, in each form
 that it may take, with weights of the right shape that were not fitted; the cuts are raced against each other on the values that
 real feeds bring there. What was measured holds for every block of the same shape. The linears outside the blocks are not in one
-place: they are raced in the whole model.
+place, and a block inside an If or a Loop cannot be cut out: they are raced in the whole model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..graph.check import prune
 from ..graph.model import Model
 from ..passes.spans import find_spans
 from ..runtime import Feeds, Variant, open_session, race
-from .candidates import KEEP, OTHERS, Candidate
+from .candidates import KEEP, Candidate
 from .workshop import Workshop
 
 _SECONDS = 0.4  # of a race of cut blocks, for each
@@ -65,9 +65,9 @@ def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tupl
     return total, total * ratio
 
 
-def saved_by_others(workshop: Workshop, each: Candidate, traffic: Sequence[Traffic]) -> dict[str, float | None]:
-    """``saved``: what a form of the other linears saves of the base's time, as a part of it; None where it cannot be done."""
-    trial = workshop.rewritten({OTHERS: each}, {})
+def saved_in_whole(workshop: Workshop, unit: int, each: Candidate, traffic: Sequence[Traffic]) -> dict[str, float | None]:
+    """``saved``: what a form of a unit saves of the base's time, as a part of it; None where it cannot be done."""
+    trial = workshop.rewritten({unit: each}, {}, timed=True)
     if trial is None:
         return {"saved": None}
     times = race_whole([workshop.base.copy(), trial], traffic, target=workshop.target, threads=workshop.threads)
@@ -79,7 +79,8 @@ def block_key(workshop: Workshop, unit: int) -> str:
     block = workshop.blocks[unit]
     return (f"{block.d_model} {block.d_ff} {block.d_out} {block.activation.name} gated={block.gate is not None} "
             f"bias={block.up.has_bias},{block.down.has_bias} type={block.onnx_type} direct={block.join.direct} "
-            f"norm={block.join.residual is block.input} {block.join.node.op} {'quantized' if block.quantized else ''}")
+            f"norm={block.join.residual is block.input} {block.join.node.op} {'quantized' if block.quantized else ''}"
+            f"{'' if block.path == 'main' else 'inside'}")
 
 
 def block_times(workshop: Workshop, unit: int, candidates: Sequence[Candidate],

@@ -21,7 +21,7 @@ from .estimate import estimate
 from .front import Point
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
-from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_by_others
+from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
 from .levels import Problem, levels_of
 from .outcome import add_front, write_beside, write_best
 from .prediction import Damage, Time
@@ -88,7 +88,7 @@ class Search:
         self.saved: dict[tuple[int, Candidate], float] = {}
         for unit, several in self.candidates.items():
             if unit == OTHERS:
-                self._time_others(several[1:])
+                self._time_whole(unit, several[1:], "others")
             else:
                 self._time_block(unit, several)
             self.saved[unit, KEEP] = 0.0
@@ -96,20 +96,24 @@ class Search:
             self.candidates[unit] = [each for each in several if each == KEEP or (
                 (unit, each) in self.saved and (self.saved[unit, each] > slow or self.job.max_bytes is not None))]
 
-    def _time_others(self, several: Sequence[Candidate]) -> None:
+    def _time_whole(self, unit: int, several: Sequence[Candidate], *what: object) -> None:
         for each in several:
-            part = self.records.measure(partial(self._telling, f"timing attention: {each}", saved_by_others, self.bench.workshop,
-                                                each, self.traffic), "others", str(each), self._machine)
+            message = f"timing {'attention' if unit == OTHERS else f'block {unit}'} in the whole model: {each}"
+            part = self.records.measure(partial(self._telling, message, saved_in_whole, self.bench.workshop, unit, each,
+                                                self.traffic), *what, str(each), self._machine)
             if part["saved"] is not None:
-                self.saved[OTHERS, each] = part["saved"] * self.base_ms[1] / self.base_ms[0]
+                self.saved[unit, each] = part["saved"] * self.base_ms[1] / self.base_ms[0]
 
     def _time_block(self, unit: int, several: Sequence[Candidate]) -> None:
         shop = self.bench.workshop
         measuring = partial(self._telling, f"timing block {unit}", block_times, shop, unit, several, self.traffic)
         times = self.timings.measure(measuring, "block", block_key(shop, unit), [str(each) for each in several], self._machine)
         kept = times.get(str(KEEP))
+        if kept is None:
+            self._time_whole(unit, [each for each in several[1:] if each.neurons is None], "whole", block_key(shop, unit))
+            return
         for each in several:
-            if kept is not None and times.get(str(each)) is not None:
+            if times.get(str(each)) is not None:
                 self.saved[unit, each] = (kept - times[str(each)]) / self.base_ms[0]
 
     def _telling(self, message: str, how: Callable[..., Any], *arguments: Any) -> Any:

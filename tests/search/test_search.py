@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import time
+from functools import partial
 
+import ffnfold.passes.optimize as optimize
+import ffnfold.search.latency as latency
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +21,7 @@ from ffnfold.runtime import Feeds, parse_limit
 from ffnfold.search import SearchJob, search_file
 from ffnfold.search.workshop import Workshop
 from ffnfold.search.yardstick import Yardstick, next_token_loss
+from rewriting import Branch, in_branch
 
 
 def ended(process) -> dict:
@@ -178,3 +182,22 @@ def test_perplexity_of_a_model_against_itself_is_one(tmp_path):
     changed = shop.rewritten({0: removed}, {})
     assert changed is not None
     assert yardstick.measure(changed)["model"]["perplexity"] not in (1.0, None)
+
+
+@pytest.mark.timeout(300)
+def test_a_block_that_cannot_be_cut_out_is_timed_in_the_whole_model(tmp_path, monkeypatch):
+    then = Branch()
+    s = in_branch(then, then.op("Add", "x", then.ffn(then.norm("x", 64), 64, 256), name="/join"), ["batch", "tokens", 64])
+    monkeypatch.setattr(latency, "_MOST_ROUNDS", 15)
+    monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
+    random = np.random.default_rng(0)
+    (tmp_path / "feeds").mkdir()
+    for number in range(6):
+        np.savez(tmp_path / f"feeds/{number}.npz", x=random.standard_normal((4, 32, 64)).astype(np.float32), wanted=True)
+    job = SearchJob(s.save(tmp_path / "model.onnx"), tmp_path / "out.onnx", tmp_path / "feeds", threads=1,
+                    cache=tmp_path / "cache", limits=[parse_limit("cosine_mean=0.99")])
+    report = search_file(job)
+    assert report["ok"]
+    keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
+    assert any(key.startswith("('whole'") and "'int8'" in key for key in keys)
+    assert not any("slim" in key for key in keys if key.startswith("('alone'"))

@@ -188,3 +188,13 @@ def test_options_that_make_no_sense(tmp_path, text):
 def test_without_feeds_it_is_refused(tmp_path):
     with pytest.raises(InputError, match="needs real inputs"):
         rewrite(transformer(1), tmp_path, "factorize-ffn")
+
+
+def test_quantizing_reaches_the_thin_matrices(tmp_path):
+    s = transformer(1, 256, 512)
+    x = feeds_of((4, 9, 256))[0]
+    model, results = rewrite(s, tmp_path, "factorize-ffn:whiten=false,rank=100", "quantize-ffn:also=attention,row_scale=false")
+    assert [each.fired for each in results] == [1, 4]
+    assert ops(model).count("MatMulInteger") == 4
+    factorized, _ = rewrite(s, tmp_path, "factorize-ffn:whiten=false,rank=100")
+    assert drift(run(factorized, x), run(model, x)) < 0.03

@@ -56,8 +56,8 @@ def spectrum(matrix: Array, gram: Array | None) -> Spectrum:
     if d_out <= d_in:
         energy, vectors = linalg.eigh(matrix.T @ metric @ matrix, check_finite=False)
         return Spectrum(matrix, np.maximum(energy[::-1], 0), np.ascontiguousarray(vectors[:, ::-1]))
-    root = linalg.cholesky(metric, lower=False, check_finite=False)
-    white = root @ matrix
+    sizes, axes = linalg.eigh(metric, check_finite=False)  # no Cholesky: rounding may leave an eigenvalue below zero
+    white = (axes * np.sqrt(np.maximum(sizes, 0))).T @ matrix
     energy, vectors = linalg.eigh(white @ white.T, check_finite=False)
     energy, vectors = np.maximum(energy[::-1], 0), vectors[:, ::-1]
     directions = white.T @ vectors

@@ -166,6 +166,6 @@ def _split(task: Task, stay: int, rank: int) -> tuple[Array, tuple[Array, Array]
     inner, cross = gram[:stay, :stay].copy(), gram[:stay, stay:]
     diagonal = np.diag(inner)
     inner[np.diag_indices_from(inner)] += _RIDGE * (diagonal + 1e-3 * float(diagonal.mean()) + 1e-30)
-    said = linalg.solve(inner, cross, assume_a="pos", check_finite=False)
+    said = linalg.solve(inner, cross, assume_a="sym", check_finite=False)
     factors = spectrum(wanted[stay:], gram[stay:, stay:] - cross.T @ said).factors(rank)
     return wanted[:stay] + said @ (wanted[stay:] - factors[0] @ factors[1]), factors

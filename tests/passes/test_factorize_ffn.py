@@ -198,3 +198,15 @@ def test_quantizing_reaches_the_thin_matrices(tmp_path):
     assert ops(model).count("MatMulInteger") == 4
     factorized, _ = rewrite(s, tmp_path, "factorize-ffn:whiten=false,rank=100")
     assert drift(run(factorized, x), run(model, x)) < 0.03
+
+
+@pytest.mark.parametrize("plan", ["factorize-ffn", "sparsify-ffn", "split-ffn:keep=16,multiple=1", "bilinear-ffn",
+                                  "slim-ffn:keep=32"])
+def test_fewer_tokens_than_neurons(tmp_path, plan):
+    """The moments are singular, and rounding leaves some of their eigenvalues below zero."""
+    s = transformer(1, D, 400, activation="gelu", bias=False, pre_norm=False)
+    size = np.where(np.arange(D) == 3, 1e4, 1.0)
+    feeds = [{"x": (10 + feed["x"] * size).astype(np.float32)} for feed in feeds_of((1, 6, D), 4)]
+    model, [result] = rewrite(s, tmp_path, plan, fit=feeds)
+    assert result.fired == 1
+    assert np.isfinite(run(model, feeds[0])["y"]).all()

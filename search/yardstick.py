@@ -61,11 +61,7 @@ class Yardstick:
         if self._perplexity is not None:
             tokens_of(feed, found[self._perplexity])
         if self._score is not None:
-            try:
-                float(self._score(found, found, feed))
-            except Exception as error:  # whatever the user's function raises
-                raise InputError(f"--score: it fails on the original's own outputs ({type(error).__name__}: "
-                                 f"{str(error)[:150]})") from None
+            self._own(found, found, feed)
 
     def measure(self, candidate: Model) -> Drift:
         """The metrics of each output, and of the whole model where there are any of it.
@@ -87,8 +83,15 @@ class Yardstick:
                 if self._perplexity is not None:
                     tally.add_loss(ours[self._perplexity], theirs[self._perplexity], feed)
                 if self._score is not None:
-                    tally.scores.append(float(self._score(ours, theirs, feed)))
+                    tally.scores.append(self._own(ours, theirs, feed))
         return [tally.drift() for tally in tallies]
+
+    def _own(self, ours: dict[str, Any], theirs: dict[str, Any], feed: dict[str, Any]) -> float:
+        assert self._score is not None
+        try:
+            return float(self._score(ours, theirs, feed))
+        except Exception as error:  # whatever the user's function raises
+            raise InputError(f"--score: the function fails ({type(error).__name__}: {str(error)[:150]})") from None
 
     def _reference(self, number: int, feed: dict[str, Any]) -> dict[str, Any]:
         if self._held is not None and number < len(self._held):

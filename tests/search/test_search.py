@@ -139,7 +139,7 @@ def words(**options: str) -> list[str]:
     ({"max_drift": "perplexity=1.1"}, "--perplexity"),
     ({"max_drift": "perplexity=1.1", "perplexity": "z"}, "no such output"),
     ({"max_drift": "score=1", "score": "nowhere:at_all"}, "cannot be imported"),
-    ({"max_drift": "score=1", "score": "statistics:fmean"}, "fails on the original's own outputs"),
+    ({"max_drift": "score=1", "score": "statistics:fmean"}, "the function fails"),
     ({"max_drift": "perplexity=1.1", "perplexity": "y"}, "no input holds token ids"),
     ({"min_speedup": "1.1", "shape": "x=4x8x64*none"}, "write it like"),
     ({"min_speedup": "1.1", "shape": "x=4x8x64*0"}, "above 0"),

@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LONG := export or cuda or slow or network
+PARALLEL := -n auto --maxprocesses 4
 
 .PHONY: demo test test-all page check clean
 
@@ -9,10 +10,11 @@ demo: $(VENV)/.demo
 	$(BIN)/ffnfold demo -o out/vit-s
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not ($(LONG))" tests
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not ($(LONG))" tests
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not (cuda or slow)" tests
+	$(BIN)/python -m pytest -q -m "cuda or slow" tests
 
 page: $(VENV)/.test
 	FFNFOLD_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest -q tests/cli/test_page_in_browser.py

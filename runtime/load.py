@@ -6,6 +6,7 @@ import onnx
 
 from ..graph.model import Model
 from ..graph.weights import stub_key
+from .onnx_runtime import onnx_runtime
 
 
 def load_complaint(model: Model) -> str | None:
@@ -31,8 +32,7 @@ def is_missing_kernel(complaint: str) -> bool:
 
 
 def _loads(data: bytes) -> bool:
-    import onnxruntime
-
+    onnxruntime = onnx_runtime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4

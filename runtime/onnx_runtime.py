@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -17,11 +18,12 @@ _FATAL = 4
 
 @cache
 def onnx_runtime() -> Any:
-    """The module ``onnxruntime``, its log silenced.
+    """The module ``onnxruntime``, its log silenced, and sending nothing home unless ``ORT_DISABLE_TELEMETRY`` is set to 0.
 
     Raises:
         InputError: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

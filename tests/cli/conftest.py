@@ -33,6 +33,7 @@ class Outcome:
 def cli(tmp_path, monkeypatch):
     """Runs ``ffnfold`` with arguments, in an empty folder; whatever it raises beside an exit code fails the test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")  # however long the names of the folders are
 
     def run(*arguments) -> Outcome:
         result = CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)

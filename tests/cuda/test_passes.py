@@ -13,7 +13,11 @@ from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import capture, load_feeds, open_session
 from ffnfold.runtime.specs import input_specs
 
-EXAMPLES = {"canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["clean-up"], "dedupe-weights": ["dedupe-weights"],
+EXAMPLES = {"bilinear-ffn": ["bilinear-ffn:blocks=1"], "factorize-ffn": ["factorize-ffn:rank=4,blocks=1"],
+            "prune-bias": ["prune-bias:below=0.1"], "prune-skip": ["prune-skip:fit=slim,blocks=0"],
+            "remove-attention": ["remove-attention"], "remove-layer": ["remove-layer:blocks=1"],
+            "share-ffn": ["share-ffn:groups=1"], "sparsify-ffn": ["sparsify-ffn:blocks=1"], "split-ffn": ["split-ffn:blocks=1"],
+            "canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["clean-up"], "dedupe-weights": ["dedupe-weights"],
             "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
             "fuse-matmul": ["fuse-matmul"],
             "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=stein,blocks=1", "linearize-ffn:fit=neuron,blocks=2",

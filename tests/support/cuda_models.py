@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from ffn_graphs import Sketch
+from layer_graphs import attention
 from onnx import TensorProto
 
 D_MODEL, D_FF = 64, 128
@@ -15,13 +16,15 @@ D_MODEL, D_FF = 64, 128
 def everything(dtype: Any = np.float32) -> Sketch:
     """x ``[batch, tokens, 64]`` → y: three FFN blocks 64→128, and in them something to do for every pass.
 
-    An Identity, a weight behind Transpose, constants added twice, norms with scale and shift, two equal weights, a gate beside
+    Attention before the second block, an Identity, a weight behind Transpose, constants added twice behind all but the first, norms with scale and shift, two equal weights, a gate beside
     its up projection (in block 1), neurons that reach nothing, and two matrices in a row behind the last block.
     """
     s = Sketch(19, dtype=dtype)
     x = s.input("x", ["batch", "tokens", D_MODEL])
     up = s.numbers(D_MODEL, D_FF)
     for number in range(3):
+        if number == 1:
+            x = s.op("Add", x, attention(s, s.norm(x, D_MODEL), d_model=D_MODEL))
         normed = s.op("Identity", s.norm(x, D_MODEL))
         turned = s.op("Transpose", s.weight(s.numbers(D_FF, D_MODEL)), perm=[1, 0])
         first = s.op("MatMul", normed, turned if number == 2 else s.weight(up.copy()))
@@ -32,7 +35,8 @@ def everything(dtype: Any = np.float32) -> Sketch:
         down = s.numbers(D_FF, D_MODEL)
         down[::4] = 0
         branch = s.op("Add", s.op("MatMul", hidden, s.weight(down)), s.weight(s.numbers(D_MODEL, scale=0.3)))
-        branch = s.op("Add", branch, s.weight(s.numbers(D_MODEL, scale=0.3)))
+        if number:
+            branch = s.op("Add", branch, s.weight(s.numbers(D_MODEL, scale=0.3)))
         x = s.op("Add", x, branch)
     y = s.op("MatMul", s.op("MatMul", x, s.weight(s.numbers(D_MODEL, D_MODEL))), s.weight(s.numbers(D_MODEL, D_MODEL)))
     s.op("Identity", y, out=s.output("y", ["batch", "tokens", D_MODEL]))

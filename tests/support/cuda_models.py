@@ -16,9 +16,9 @@ D_MODEL, D_FF = 64, 128
 def everything(dtype: Any = np.float32) -> Sketch:
     """x ``[batch, tokens, 64]`` → y: three FFN blocks 64→128, and in them something to do for every pass.
 
-    Attention before the second block, an Identity, a weight behind Transpose, constants added twice behind all blocks but the first,
-    norms with scale and shift, two equal weights, a gate beside its up projection (in block 1), neurons that reach nothing, and two
-    matrices in a row behind the last block.
+    Attention before the second block, an Identity, a weight behind Transpose, constants added twice behind all blocks but the
+    first, norms with scale and shift, two equal weights, a gate beside its up projection (in block 1), neurons that reach
+    nothing, and two matrices in a row behind the last block.
     """
     s = Sketch(19, dtype=dtype)
     x = s.input("x", ["batch", "tokens", D_MODEL])

@@ -29,8 +29,8 @@ import ffnfold
 import numpy as np
 from ffnfold.graph.ffn import FFNBlock
 from ffnfold.passes.base import Context
+from ffnfold.passes.fitting.scores import influence
 from ffnfold.passes.runner import run_plan
-from ffnfold.passes.scores import influence
 from ffnfold.runtime import Feeds, compare, load_feeds, open_session
 from ffnfold.runtime.padding import Padding
 from ffnfold.runtime.specs import input_specs

@@ -25,8 +25,8 @@ import numpy as np
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
 from ffnfold.graph.store import read_model
-from ffnfold.passes.equivalence import Equivalence, equivalence
 from ffnfold.passes.plan import EXACT_PLAN, Plan
+from ffnfold.passes.proof.equivalence import Equivalence, equivalence
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session
 

@@ -30,7 +30,7 @@ from typing import Any
 import ffnfold
 import numpy as np
 from ffnfold.graph.store import read_model
-from ffnfold.passes.form_choice import shaped_feeds
+from ffnfold.passes.int8.form_choice import shaped_feeds
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, Variant, compare, input_specs, load_feeds, open_session, race
 from ffnfold.runtime.machine import machine

@@ -29,7 +29,7 @@ from typing import Any
 
 import ffnfold
 import numpy as np
-from ffnfold.passes.kept_fits import Fits
+from ffnfold.passes.fitting.kept_fits import Fits
 from ffnfold.passes.runner import run_plan
 from ffnfold.passes.split import load_split
 from ffnfold.runtime import Variant, compare, input_specs, parse_limit, race

@@ -25,8 +25,8 @@ from typing import Any
 import ffnfold
 from approximations import ffn_parameters_left, measure, next_token_loss
 from ffnfold.passes.base import Context
+from ffnfold.passes.fitting.scores import influence
 from ffnfold.passes.runner import run_plan
-from ffnfold.passes.scores import influence
 from ffnfold.runtime import Feeds, Variant, load_feeds, open_session, race
 from ffnfold.runtime.specs import input_specs
 

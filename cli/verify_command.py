@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.model import Model
-from ..passes.verification import Check, verify_files
+from ..passes.proof.verification import Check, verify_files
 from ..runtime import load_feeds, parse_limit, synthetic_feeds
 from ..runtime.specs import input_specs
 from . import options

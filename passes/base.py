@@ -16,10 +16,10 @@ from ..runtime import Feeds
 from .blocks import ALL, Blocks
 
 if TYPE_CHECKING:
-    from .evidence import Streams
-    from .kept_fits import Fits
+    from .fitting.evidence import Streams
+    from .fitting.kept_fits import Fits
+    from .fitting.resume import Resume
     from .ledger import Ledger
-    from .resume import Resume
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from ..graph.ffn import FFNBlock, Projection
 from ..graph.model import Model
 from ..graph.narrow import why_not_narrow
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Streams, Target
-from .linear_tasks import change_hidden, fitted_task
-from .measure import unmeasurable
+from .fitting.evidence import Streams, Target
+from .fitting.linear_tasks import change_hidden, fitted_task
+from .fitting.measure import unmeasurable
 
 Array = npt.NDArray[Any]
 

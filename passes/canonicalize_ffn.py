@@ -11,12 +11,12 @@ from ..graph.builder import Builder
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from .alone import executed_alone
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .canonical_linear import is_canonical, product, reason_against, reemit, repeat
-from .canonical_region import Core, Cut, best_core, core_of, cut_of, is_split, own_core, put, split
-from .canonical_weights import CanonicalWeights
-from .canonical_whole import can_be_whole, emit_whole
+from .exact.alone import executed_alone
+from .exact.canonical_linear import is_canonical, product, reason_against, reemit, repeat
+from .exact.canonical_region import Core, Cut, best_core, core_of, cut_of, is_split, own_core, put, split
+from .exact.canonical_weights import CanonicalWeights
+from .exact.canonical_whole import can_be_whole, emit_whole
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from ..graph.linear import Linear
 from ..graph.model import Model
 from ..graph.shapes import last_dimension
 from .base import Context, Pass, PassResult, Refused
-from .linear_bias import add_to_bias, is_fixed
-from .neuron_proof import Proof, prove
-from .neuron_range import Range
-from .neuron_weights import Indices, NeuronWeight
-from .sharing import is_read_elsewhere, is_shared, shows_inside
+from .exact.linear_bias import add_to_bias, is_fixed
+from .exact.neuron_proof import Proof, prove
+from .exact.neuron_range import Range
+from .exact.neuron_weights import Indices, NeuronWeight
+from .exact.sharing import is_read_elsewhere, is_shared, shows_inside
 
 
 @dataclass(frozen=True)

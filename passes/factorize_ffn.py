@@ -14,11 +14,11 @@ from ..graph.ffn import FFNBlock
 from ..graph.linear import Linear
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Streams, Target
-from .linear_tasks import Linearwise, Task, put_matrices, why_not_apart
-from .low_rank import Spectrum, spectrum
-from .measure import unmeasurable
-from .spread import Curve, allocate, damage
+from .fitting.evidence import Streams, Target
+from .fitting.linear_tasks import Linearwise, Task, put_matrices, why_not_apart
+from .fitting.low_rank import Spectrum, spectrum
+from .fitting.measure import unmeasurable
+from .fitting.spread import Curve, allocate, damage
 
 Array = npt.NDArray[Any]
 _STEPS = 16  # ranks looked at for each matrix

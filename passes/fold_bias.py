@@ -10,9 +10,9 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from ..graph.model import Model
-from . import bias_rules
 from .base import Context, Pass, PassResult, Refused
-from .value_bias import fold_value_bias
+from .exact import bias_rules
+from .exact.value_bias import fold_value_bias
 
 _Rule = Callable[[Model, gs.Graph, gs.Node], bool | Refused]
 

@@ -20,11 +20,11 @@ from ..graph.shapes import last_dimension
 from ..graph.types import numpy_type
 from ..graph.weights import InlineValues
 from .base import Context, Pass, PassResult, Refused
-from .linear_bias import add_to_bias, is_fixed
-from .norm_fusion import is_fused
-from .products import Weight
-from .scaled import scaled_weight
-from .sharing import is_free, is_shared, shows_inside
+from .exact.linear_bias import add_to_bias, is_fixed
+from .exact.norm_fusion import is_fused
+from .exact.products import Weight
+from .exact.scaled import scaled_weight
+from .exact.sharing import is_free, is_shared, shows_inside
 
 Array = npt.NDArray[Any]
 _LARGEST, _SMALLEST = 1e4, 1e-20

@@ -20,9 +20,9 @@ from ..graph.sort import topological
 from ..graph.types import FLOATS, numpy_type
 from ..graph.weights import ComputedValues
 from .base import Context, Pass, PassResult, Refused
-from .cost import released_bytes
-from .products import Weight
-from .sharing import shows_inside
+from .exact.cost import released_bytes
+from .exact.products import Weight
+from .exact.sharing import shows_inside
 
 Array = npt.NDArray[Any]
 _TILE = 1 << 20  # elements of W₁ taken at a time

@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from .affine_map import fit_map, input_evidence, put_map, why_no_map
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Streams
-from .frequent_range import LEVELS, Lines
-from .measure import unmeasurable
-from .neuron_fit import NeuronFit
-from .neuron_lines import choose_coverage, lines_everywhere, measure_curves, put_lines, why_no_lines
-from .stein import fit_stein
+from .fitting.affine_map import fit_map, input_evidence, put_map, why_no_map
+from .fitting.evidence import Streams
+from .fitting.frequent_range import LEVELS, Lines
+from .fitting.measure import unmeasurable
+from .fitting.neuron_fit import NeuronFit
+from .fitting.neuron_lines import choose_coverage, lines_everywhere, measure_curves, put_lines, why_no_lines
+from .fitting.stein import fit_stein
 
 Array = npt.NDArray[Any]
 _COVERAGE = "part of the tokens that the range of each neuron holds, by block"

@@ -17,10 +17,10 @@ from ..graph.model import Model
 from ..graph.sort import topological
 from ..graph.types import FLOATS, numpy_type
 from .base import Context, Pass, PassResult, Refused
-from .cost import released_bytes
-from .fusions import what_it_costs
-from .sharing import is_read_elsewhere, is_shared, shows_inside
-from .side_by_side import side_by_side
+from .exact.cost import released_bytes
+from .exact.fusions import what_it_costs
+from .exact.sharing import is_read_elsewhere, is_shared, shows_inside
+from .exact.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)

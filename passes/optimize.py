@@ -20,15 +20,15 @@ from ..runtime import Drift, Feeds, Limit, Variant, compare, race, synthetic_fee
 from ..runtime.limits import LOGITS_METRICS
 from ..runtime.specs import input_specs
 from .base import PassResult
-from .contributions import Contributions
-from .exact_part import ExactPart, moved
-from .kept_fits import Fits
-from .per_block import drift_per_block
+from .fitting.kept_fits import Fits
+from .fitting.resume import Resume
 from .plan import Plan
-from .resume import Resume
+from .proof.contributions import Contributions
+from .proof.exact_part import ExactPart, moved
+from .proof.per_block import drift_per_block
+from .proof.verification import Verification, spread
 from .runner import run_plan
 from .split import Split, divide, load_split
-from .verification import Verification, spread
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from ..graph.edit import consumers, is_output
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .bias_places import BiasPlace, add_constant, inner_places, outer_place, take_away
-from .bypass import is_pure_branch
-from .later_bias import LaterBias, later_bias, through_norm
-from .measure import rows, unmeasurable
-from .token_weights import token_weights
+from .exact.bias_places import BiasPlace, add_constant, inner_places, outer_place, take_away
+from .exact.later_bias import LaterBias, later_bias, through_norm
+from .fitting.bypass import is_pure_branch
+from .fitting.measure import rows, unmeasurable
+from .fitting.token_weights import token_weights
 
 Array = npt.NDArray[Any]
 _TOKENS = 4096

@@ -22,14 +22,14 @@ from ..graph.residual import SKIP_NORMS, Join
 from ..graph.shapes import root
 from ..graph.weights import ComputedValues
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .bypass import Only, drop_residual, is_pure_branch, stream_type
-from .evidence import Evidence, Streams
-from .measure import unmeasurable
-from .neuron_fit import Features, NeuronFit, choose_ridge, refit
-from .neuron_selection import select_neurons
-from .sharing import is_read_elsewhere
+from .exact.sharing import is_read_elsewhere
+from .fitting.bypass import Only, drop_residual, is_pure_branch, stream_type
+from .fitting.evidence import Evidence, Streams
+from .fitting.measure import unmeasurable
+from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, refit
+from .fitting.neuron_selection import select_neurons
+from .fitting.token_weights import has_branch_norm
 from .slim_ffn import SlimFFN
-from .token_weights import has_branch_norm
 
 Array = npt.NDArray[Any]
 _GREEDY_RIDGE = 1e-3

@@ -10,12 +10,12 @@ from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..runtime.processor import products_saturate
 from .base import BlockPass, Context, PassResult, Refused
-from .form_choice import NEVER_SLOWER, fastest_form, parse_shapes
-from .keep_float import worst_blocks
-from .linear_groups import LinearGroup, block_groups, merged
-from .other_linears import other_groups
-from .quantize_unit import Form, Recipe, Unit, quantize_units, smooth_units
-from .weight_codes import Rounding
+from .int8.form_choice import NEVER_SLOWER, fastest_form, parse_shapes
+from .int8.keep_float import worst_blocks
+from .int8.linear_groups import LinearGroup, block_groups, merged
+from .int8.other_linears import other_groups
+from .int8.quantize_unit import Form, Recipe, Unit, quantize_units, smooth_units
+from .int8.weight_codes import Rounding
 
 _BLOCK = {4: 32, 8: 128}
 _STRENGTH = {"norm": 1.0, "feeds": 0.7}

@@ -13,8 +13,8 @@ from ..graph.layers import Layer, find_layers
 from ..graph.model import Model
 from .base import Context, Pass, PassResult, Refused
 from .blocks import ALL, Blocks
-from .measure import unmeasurable
-from .scores import lowest, output_error
+from .fitting.measure import unmeasurable
+from .fitting.scores import lowest, output_error
 
 
 def check_selection(count: int | None, fraction: float | None) -> None:

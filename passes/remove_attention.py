@@ -13,10 +13,10 @@ from ..graph.builder import Builder
 from ..graph.layers import Layer
 from ..graph.model import Model
 from .base import Context, Refused
-from .bypass import Array, cut_out, stream_type
-from .measure import RunningMean, rows, unmeasurable
+from .fitting.bypass import Array, cut_out, stream_type
+from .fitting.measure import RunningMean, rows, unmeasurable
+from .fitting.scores import Cosine
 from .removal import Removal
-from .scores import Cosine
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Streams
-from .ladder import Step, climb
+from .fitting.evidence import Streams
+from .fitting.ladder import Step, climb
+from .fitting.scores import choose_blocks
+from .fitting.stand_in import FITTED, RUNGS, Measured, StandIn
 from .removal import check_selection, how_many
-from .scores import choose_blocks
-from .stand_in import FITTED, RUNGS, Measured, StandIn
 
 _WITHIN = 0.01
 _TAKEN = "what remove-ffn put in the place of each block"

@@ -12,11 +12,11 @@ from ..graph.edit import producer, remove_dead, substitute
 from ..graph.layers import Layer
 from ..graph.model import Model
 from .base import Context, Refused
-from .bypass import bypass, splice, stream_type
-from .measure import rows
+from .fitting.bypass import bypass, splice, stream_type
+from .fitting.measure import rows
+from .fitting.scores import Cosine
 from .removal import Removal
 from .remove_attention import drop, not_alike, why_it_stays
-from .scores import Cosine
 
 
 @dataclass(frozen=True)

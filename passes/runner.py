@@ -10,11 +10,11 @@ from ..graph.errors import InputError
 from ..graph.model import Model
 from ..runtime import Feeds
 from .base import Context, PassResult
-from .gate import Gate
-from .kept_fits import Fits
+from .fitting.kept_fits import Fits
+from .fitting.resume import Resume
 from .ledger import Ledger
 from .plan import Plan
-from .resume import Resume
+from .proof.gate import Gate
 
 
 def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feeds | None = None, provider: str = "cpu",

@@ -14,13 +14,13 @@ from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
-from .affine_map import why_no_map
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Evidence, Streams
-from .likeness import choose_keepers, distances
-from .measure import unmeasurable
-from .neuron_fit import Features, choose_ridge, refit
-from .twin import own_nodes, twin
+from .fitting.affine_map import why_no_map
+from .fitting.evidence import Evidence, Streams
+from .fitting.likeness import choose_keepers, distances
+from .fitting.measure import unmeasurable
+from .fitting.neuron_fit import Features, choose_ridge, refit
+from .fitting.twin import own_nodes, twin
 
 Array = npt.NDArray[Any]
 _KEEPERS = "whose weights each block takes"

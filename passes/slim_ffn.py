@@ -15,14 +15,14 @@ from ..graph.errors import InputError
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..graph.narrow import narrow, why_not_narrow
-from .affine_map import put_map
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .blocks import Blocks
-from .evidence import Evidence, Streams
-from .measure import unmeasurable
-from .neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
-from .neuron_selection import Indices, Select, elimination, select_neurons
-from .spread import Curve, allocate, damage, widths_to_try
+from .fitting.affine_map import put_map
+from .fitting.evidence import Evidence, Streams
+from .fitting.measure import unmeasurable
+from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
+from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
+from .fitting.spread import Curve, allocate, damage, widths_to_try
 
 Array = npt.NDArray[Any]
 _GREEDY_RIDGE = 1e-3

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Streams, Target
-from .linear_tasks import Linearwise, Task, why_not_apart
-from .sparse_weights import GROUP, by_sparsegpt, by_wanda
+from .fitting.evidence import Streams, Target
+from .fitting.linear_tasks import Linearwise, Task, why_not_apart
+from .fitting.sparse_weights import GROUP, by_sparsegpt, by_wanda
 
 Array = npt.NDArray[Any]
 

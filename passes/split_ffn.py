@@ -16,11 +16,11 @@ from ..graph.model import Model
 from ..graph.narrow import narrow, why_not_narrow
 from ..graph.region import Leaf
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .evidence import Evidence, Streams, Target
-from .linear_tasks import Task, change_hidden, fitted_task
-from .low_rank import spectrum
-from .measure import unmeasurable
-from .thin_int8 import Storage, add_thin, store
+from .fitting.evidence import Evidence, Streams, Target
+from .fitting.linear_tasks import Task, change_hidden, fitted_task
+from .fitting.low_rank import spectrum
+from .fitting.measure import unmeasurable
+from .int8.thin_int8 import Storage, add_thin, store
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]

@@ -14,10 +14,10 @@ from ..graph.norm import read_norm
 from ..graph.tensors import tensors
 from ..runtime.load import is_missing_kernel, load_complaint
 from .base import Context, Pass, PassResult, Refused
-from .half_graph import HalfGraph, convert
-from .half_weights import beyond
-from .norm_fusion import is_fused
-from .size_arithmetic import sizes
+from .exact.norm_fusion import is_fused
+from .half.half_graph import HalfGraph, convert
+from .half.half_weights import beyond
+from .half.size_arithmetic import sizes
 
 _KIND = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 

@@ -15,7 +15,7 @@ import onnx
 
 from ..graph.check import prune
 from ..graph.model import Model
-from ..passes.spans import find_spans
+from ..passes.proof.spans import find_spans
 from ..runtime import Feeds, Variant, open_session, race
 from .candidates import KEEP, Candidate
 from .workshop import Workshop

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..graph.errors import InputError
 from ..graph.model import Model
-from ..passes.kept_fits import Fits
+from ..passes.fitting.kept_fits import Fits
 from ..passes.optimize import Job, optimize_file
 from .front import Point, front_of
 from .goal import OWN, WHOLE, Row

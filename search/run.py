@@ -10,7 +10,7 @@ from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
-from ..passes.kept_fits import Fits
+from ..passes.fitting.kept_fits import Fits
 from ..passes.optimize import Job, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
-from ..passes.evidence import Evidence
-from ..passes.neuron_fit import NeuronFit
+from ..passes.fitting.evidence import Evidence
+from ..passes.fitting.neuron_fit import NeuronFit
 from ..passes.split import Split, load_split
 from ..runtime.specs import input_specs
 from .candidates import Candidate

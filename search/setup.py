@@ -11,7 +11,7 @@ from .. import __version__
 from ..graph.errors import InputError
 from ..graph.hashes import InputHash
 from ..graph.model import Model
-from ..passes.resume import hash_feed
+from ..passes.fitting.resume import hash_feed
 from ..runtime import Feeds, synthetic_feeds
 from ..runtime.grid import parse_grid, shape_text
 from ..runtime.machine import machine

@@ -12,12 +12,12 @@ from ..graph.ffn import FFNBlock, find_ffn_blocks
 from ..graph.model import Model
 from ..passes.base import Context
 from ..passes.blocks import Blocks
-from ..passes.evidence import Evidence, Streams
 from ..passes.factorize_ffn import FactorizeFFN
+from ..passes.fitting.evidence import Evidence, Streams
+from ..passes.fitting.measure import unmeasurable
+from ..passes.fitting.neuron_fit import NeuronFit
+from ..passes.fitting.neuron_selection import Indices
 from ..passes.ledger import Ledger
-from ..passes.measure import unmeasurable
-from ..passes.neuron_fit import NeuronFit
-from ..passes.neuron_selection import Indices
 from ..passes.plan import Plan
 from ..passes.remove_ffn import RemoveFFN
 from ..passes.runner import run_plan

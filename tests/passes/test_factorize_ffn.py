@@ -7,7 +7,7 @@ import pytest
 from ffn_graphs import Sketch, drift, ops, run, transformer
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
-from ffnfold.passes.neuron_fit import Features
+from ffnfold.passes.fitting.neuron_fit import Features
 from rewriting import Branch, feeds_of, in_branch, rewrite
 
 D, FF = 16, 48

@@ -10,8 +10,8 @@ from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.passes.base import Context
-from ffnfold.passes.frequent_range import LEVELS, Curves, spread_coverage
-from ffnfold.passes.neuron_lines import choose_coverage
+from ffnfold.passes.fitting.frequent_range import LEVELS, Curves, spread_coverage
+from ffnfold.passes.fitting.neuron_lines import choose_coverage
 from ffnfold.runtime import Feeds
 from rewriting import feeds_of, rewrite
 

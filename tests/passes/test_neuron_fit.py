@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ffnfold.passes.neuron_fit import Features
+from ffnfold.passes.fitting.neuron_fit import Features
 from scipy import linalg
 
 WIDTH, OUT = 48, 8

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from ffn_graphs import Sketch, transformer
 from ffnfold import InputError, Model, optimize, verify
-from ffnfold.passes.per_block import drift_per_block, ranked
+from ffnfold.passes.proof.per_block import drift_per_block, ranked
 from ffnfold.runtime import Feeds, open_session
 from onnx import numpy_helper
 

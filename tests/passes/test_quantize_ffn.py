@@ -14,12 +14,13 @@ from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.graph.nbits import dequantize_nbits, pack_nbits
-from ffnfold.passes import form_choice, quantize_ffn
+from ffnfold.passes import quantize_ffn
 from ffnfold.passes.base import PassResult
+from ffnfold.passes.int8 import form_choice
+from ffnfold.passes.int8.row_choice import row_noise
+from ffnfold.passes.int8.weight_codes import Rounding
 from ffnfold.passes.plan import Plan
-from ffnfold.passes.row_choice import row_noise
 from ffnfold.passes.runner import run_plan
-from ffnfold.passes.weight_codes import Rounding
 from ffnfold.runtime import Feeds
 from ffnfold.runtime.processor import products_saturate
 from ffnfold.runtime.specs import input_specs
@@ -247,8 +248,8 @@ def test_channels_behind_a_gate_or_a_relu_go_into_the_up_projection(tmp_path, ac
 def test_smoothing_alone_changes_nothing(tmp_path):
     """Seen through weights that are rounded finely: with one column a neuron the rest is exact algebra."""
     from ffnfold.passes.base import Context
-    from ffnfold.passes.linear_groups import block_groups
-    from ffnfold.passes.quantize_unit import Recipe, Unit, smooth_units
+    from ffnfold.passes.int8.linear_groups import block_groups
+    from ffnfold.passes.int8.quantize_unit import Recipe, Unit, smooth_units
 
     for gated, activation, pre in itertools.product((False, True), ("relu", "gelu", "silu"), (False, True)):
         s = transformer(1, D, FF, activation=activation, gated=gated) if pre else post_norm(activation=activation, gated=gated)

@@ -17,8 +17,8 @@ from ffnfold.graph.edit import remove_dead, set_input, set_inputs, substitute
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
 from ffnfold.passes.base import Context, Pass, PassResult
-from ffnfold.passes.gate import BrokenByPass
 from ffnfold.passes.plan import Plan
+from ffnfold.passes.proof.gate import BrokenByPass
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds
 from rewriting import feeds_of, rewrite

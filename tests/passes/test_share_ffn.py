@@ -9,7 +9,7 @@ from ffn_graphs import Sketch, drift, run, transformer
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
-from ffnfold.passes.likeness import choose_keepers
+from ffnfold.passes.fitting.likeness import choose_keepers
 from onnx import numpy_helper
 from rewriting import Branch, feeds_of, in_branch, rewrite
 

@@ -9,7 +9,7 @@ from ffn_graphs import Sketch, drift, run, transformer
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
-from ffnfold.passes.kept_fits import Fits
+from ffnfold.passes.fitting.kept_fits import Fits
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds

@@ -8,7 +8,7 @@ import pytest
 from ffn_graphs import Sketch, drift, ops, run, transformer
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
-from ffnfold.passes.stein import mean_jacobian
+from ffnfold.passes.fitting.stein import mean_jacobian
 from ffnfold.runtime import Moments
 from rewriting import Branch, feeds_of, in_branch, rewrite
 

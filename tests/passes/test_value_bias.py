@@ -287,7 +287,7 @@ def test_biases_that_are_shared_stay_where_the_file_would_grow(tmp_path):
 
 
 def test_a_model_too_large_to_be_asked_about(tmp_path, monkeypatch):
-    monkeypatch.setattr("ffnfold.passes.fusions._LARGEST", 100)
+    monkeypatch.setattr("ffnfold.passes.exact.fusions._LARGEST", 100)
     a = Attention()
     a.x = a.s.op("MatMul", a.x, a.s.weight(a.s.numbers(D, 64)))
     a.x = a.memory = a.s.op("MatMul", a.x, a.s.weight(a.s.numbers(64, D)))

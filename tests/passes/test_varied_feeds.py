@@ -7,7 +7,7 @@ import pytest
 from ffn_graphs import Sketch, drift, run
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
-from ffnfold.passes.varied_feeds import token_inputs, varied
+from ffnfold.passes.fitting.varied_feeds import token_inputs, varied
 from ffnfold.runtime import Feeds
 from onnx import TensorProto
 from rewriting import rewrite

@@ -1,0 +1,1 @@
+"""What the exact passes stand on: canonical forms, biases, products, proofs about neurons."""

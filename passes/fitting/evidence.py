@@ -1,0 +1,184 @@
+"""What the feeds say about a block: moments of its input, its neurons and what it should give.
+
+The target of a block is what brings the residual stream back to where the original model has it,
+
+    target=stream   t = (r_original + y_original) − r_now
+    target=block    t = y_original
+    target=own      t = y, what the block gives now
+    target=sum      t = r_original + y_original
+
+so that a block also makes good what the rewritten blocks before it did wrong. Where a norm or a scale lies between the
+block and the residual Add, or the feeds take another way through the rewritten model (a router), ``stream`` cannot be
+stated in y, and the target is y_original, or what the block itself gives now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from ...graph.ffn import FFNBlock, find_ffn_blocks
+from ...graph.model import Model
+from ...runtime import Scatter
+from ..base import Context
+from .bypass import is_pure_branch
+from .stream import Stream
+from .token_weights import has_branch_norm, token_weights, weight_values
+from .varied_feeds import varied
+
+Array = npt.NDArray[Any]
+Target = Literal["stream", "block", "own"]
+Sum = Literal["sum"]  # what a block gives together with its residual
+HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
+
+
+@dataclass
+class Evidence:
+    """Moments of the groups [x, h, t], [h, t] or [x, t], further values before t.
+
+    Attributes:
+        fit, held_out: over tokens to fit on, and over others that choose.
+        beside: over varied copies of the tokens held out, which therefore choose nothing.
+    """
+
+    fit: Scatter
+    held_out: Scatter
+    beside: Scatter
+
+    @property
+    def rows(self) -> int:
+        """Tokens seen."""
+        return self.fit.rows + self.held_out.rows + self.beside.rows
+
+    def everything(self) -> Scatter:
+        """All together."""
+        together = Scatter()
+        for part in (self.fit, self.held_out, self.beside):
+            together.merge(part)
+        return together
+
+
+class Streams:
+    """The model as it is being rewritten and the model as it was, gone through side by side, block after block.
+
+    A context manager. Blocks must be asked for in order of execution.
+
+    Args:
+        vary: varied copies of the feeds to go through beside them (see :mod:`varied_feeds`).
+    """
+
+    def __init__(self, model: Model, context: Context, vary: int = 0) -> None:
+        assert context.fit is not None
+        feeds = varied(model, context.fit, vary)
+        self._real = len(context.fit)
+        self._resume = context.resume
+        self._now = Stream(model, feeds, context)
+        original, self._residuals = _original(model, context)
+        self._original = Stream(original, feeds, context)
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._now.__exit__(kind, error, trace)
+        self._original.__exit__(kind, error, trace)
+
+    def rewritten(self, name: str) -> None:
+        """Say that the value ``name`` is computed in another way from now on."""
+        self._now.forget(name)
+
+    def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
+                 more: Sequence[gs.Tensor] = ()) -> Evidence:
+        """Go through the feeds once.
+
+        Args:
+            inputs, neurons: which features to take moments of.
+            weight: how tokens are weighted (see :mod:`token_weights`).
+            more: values with their features where the block has them, whose features come behind those.
+        """
+        kept = None if self._resume is None else self._resume.load(3)
+        found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter(), Scatter())
+        few = self._real < HELD_OUT
+        for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target, more)):
+            if kept:
+                continue
+            good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
+            for group in features:
+                good &= np.isfinite(group).all(axis=1)
+            position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
+            held = position % HELD_OUT == HELD_OUT - 1
+            choosing = found.held_out if number < self._real else found.beside
+            for moments, chosen in ((found.fit, good & ~held), (choosing, good & held)):
+                if chosen.any():
+                    moments.update(*(group[chosen] for group in features), t[chosen], weights=weights[chosen])
+        if self._resume is not None and not kept:
+            self._resume.save(found.fit, found.held_out, found.beside)
+        return found
+
+    def tokens(self, block: FFNBlock, tensors: Sequence[gs.Tensor], axes: Sequence[int],
+               weight: str) -> Iterator[tuple[list[Array], Array]]:
+        """For each feed the values of ``tensors`` as they are now, ``[rows, features]`` each, and the weights of the rows.
+
+        Args:
+            tensors: of the block; axes: where each has its features, counted from the end.
+        """
+        wanted = [*tensors, block.output, *weight_values(block, weight)]
+        places = [*axes, *[block.axis] * (len(wanted) - len(axes))]
+        for values in self._now.rows([tensor.name for tensor in wanted], places):
+            found, (y, *others) = values[:len(tensors)], values[len(tensors):]
+            weights = token_weights(block, y, others, weight)
+            good = np.isfinite(weights)
+            for each in found:
+                good &= np.isfinite(each).all(axis=1)
+            if good.any():
+                yield [each[good] for each in found], weights[good]
+
+    def _rows(self, block: FFNBlock, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
+              more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
+        """For each feed the features, y, t and the weights of its tokens."""
+        pure = is_pure_branch(block) and target != "own"
+        to_stream = target in ("stream", "sum") and pure and block.join.direct and not has_branch_norm(block)
+        axis = block.axis
+        now = [*([block.input] if inputs else []), *([block.hidden] if neurons else []), *more]
+        count = len(now)
+        passing = [block.hidden.name]
+        if to_stream:
+            now.append(block.join.residual)
+        if not pure:
+            now.append(block.output)
+            passing.append(block.output.name)
+        others_before = [block.join.residual] if to_stream else weight_values(block, weight) if pure else []
+        before = [block.output.name, *(self._residuals.get(block.output.name, each.name) for each in others_before)]
+        axes = [block.down.linear.axis if tensor is block.hidden else axis for tensor in now]
+        currents = self._now.rows([tensor.name for tensor in now], axes, passing)
+        if not pure:
+            for values in currents:
+                y = values[-1]
+                yield values[:count], y, y, token_weights(block, y, [], weight)
+            return
+        originals = self._original.rows(before, [axis] * len(before), [block.hidden.name])
+        for values, (y, *others) in zip(currents, originals, strict=True):
+            t = y
+            if to_stream and others[0].shape == y.shape == values[-1].shape:
+                t = y + (others[0].astype(np.float64) - (values[-1] if target == "stream" else 0))
+            yield values[:count], y, t, token_weights(block, y, others, weight)
+
+
+def _original(model: Model, context: Context) -> tuple[Model, dict[str, str]]:
+    """The model that blocks are fitted towards, and output of a block → the residual that it joins there.
+
+    That is the one before anything approximate, where it computes all that has to be compared under the same names.
+    """
+    if context.original is None:
+        return model.copy(), {}
+    residuals = {block.output.name: block.join.residual.name for block in find_ffn_blocks(context.original.copy())
+                 if block.path == "main"}
+    if all(block.output.name in residuals for block in context.ledger.blocks.values() if block.path == "main"):
+        return context.original.copy(), residuals
+    return model.copy(), {}

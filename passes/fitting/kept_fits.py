@@ -1,0 +1,65 @@
+"""Fits of single blocks, kept in a folder, so that plans that begin alike do not fit the same block twice.
+
+What a fit gives depends on the model, the feeds, the passes before, the options, and what became of the blocks before it: all
+that is in its name. So what is read is what would have been computed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ...graph.ffn import FFNBlock
+from ..base import Pass
+from ..options import given_options
+from ..plan import Plan
+from .neuron_fit import NeuronFit
+
+
+class Fits:
+    """Fits that are there already.
+
+    Args:
+        folder: where; one for each model, set of feeds, provider and number of threads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._before: list[object] = []
+
+    def begin(self, before: Plan, each: Pass) -> None:
+        """Say that the pass ``each`` begins, after those of ``before``."""
+        options = {key: value for key, value in given_options(each).items() if key not in ("blocks", "keep", "widths")}
+        self._before = [before.entries(), each.name, options]
+
+    def load(self, block: FFNBlock, width: int) -> NeuronFit | None:
+        """The fit of ``block`` with ``width`` neurons; None where it was not made yet."""
+        try:
+            with np.load(self._file(block, width), allow_pickle=False) as held:
+                affine = held["affine"] if "affine" in held.files else None
+                return NeuronFit(held["neurons"], held["matrix"], affine, held["offset"], float(held["ridge"]),
+                                 float(held["error"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, block: FFNBlock, width: int, fit: NeuronFit) -> None:
+        """Keep a fit; the blocks after this one are fitted on what it gives."""
+        file = self._file(block, width)
+        if not file.exists():
+            arrays = {"neurons": fit.neurons, "matrix": fit.matrix, "offset": fit.offset, "ridge": np.asarray(fit.ridge),
+                      "error": np.asarray(fit.error), **({} if fit.affine is None else {"affine": fit.affine})}
+            partial = file.with_suffix(f".part{os.getpid()}")
+            with partial.open("wb") as opened:
+                np.savez(opened, allow_pickle=False, **arrays)
+            os.replace(partial, file)
+        self._before.append((block.index, width))
+
+    def _file(self, block: FFNBlock, width: int) -> Path:
+        name = hashlib.sha256(repr((self._before, block.index, width)).encode()).hexdigest()[:32]
+        return self._folder / f"{name}.npz"
+

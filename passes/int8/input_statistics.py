@@ -1,0 +1,95 @@
+"""What the feeds tell of the values that linears read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from ...graph.model import Model
+from ...runtime import Feeds, Moments, capture
+from ..base import Context
+from .weight_codes import Array
+
+_AT_ONCE = 32  # values captured in one run
+_GRAMS = 512 << 20  # bytes of Gram matrices held at once
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of the rows of one value ``[*, d]``, padding left out.
+
+    Attributes:
+        largest: the largest magnitude of each feature, ``[d]``.
+        mean, mean_square: of each feature, ``[d]``.
+        gram: ``XᵀX`` over all rows, ``[d, d]``; None where it was not asked for.
+    """
+
+    largest: Array
+    mean: Array
+    mean_square: Array
+    gram: Array | None = None
+
+
+class _Sums:
+    def __init__(self, gram: bool) -> None:
+        self.rows = 0
+        self.largest: Array = np.zeros(0)
+        self.total: Array = np.zeros(0)
+        self.squares: Array = np.zeros(0)
+        self.moments = Moments() if gram else None
+
+    def add(self, rows: Array) -> None:
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        if not len(rows):
+            return
+        if not self.rows:
+            self.largest, self.total, self.squares = (np.zeros(rows.shape[1]) for _ in range(3))
+        self.rows += len(rows)
+        self.largest = np.maximum(self.largest, np.abs(rows).max(axis=0))
+        if self.moments is not None:
+            self.moments.update(rows)
+        else:
+            self.total = self.total + rows.sum(axis=0, dtype=np.float64)
+            self.squares = self.squares + np.einsum("rd,rd->d", rows, rows, dtype=np.float64)
+
+    def result(self) -> InputStatistics | None:
+        if not self.rows:
+            return None
+        if self.moments is None:
+            return InputStatistics(self.largest, self.total / self.rows, self.squares / self.rows)
+        gram = self.moments.gram
+        return InputStatistics(self.largest, self.moments.mean, np.diag(gram) / self.rows, gram)
+
+
+def input_statistics(model: Model, values: Sequence[tuple[gs.Tensor, int]], feeds: Feeds, context: Context, *,
+                     gram: bool = False) -> Iterator[tuple[gs.Tensor, InputStatistics | None]]:
+    """Each value with its statistics (None where no finite row reached it), a few values at a time.
+
+    Args:
+        values: values of the main graph and their widths.
+        gram: Gram matrices too; the feeds are run through as often as it takes to hold no more than 512 MB of them.
+    """
+    for part in _parts(values, gram):
+        sums = {tensor.name: _Sums(gram) for tensor, _ in part}
+        for captured in capture(model, feeds, list(sums), provider=context.provider, threads=context.threads):
+            for name, rows in captured.items():
+                sums[name].add(rows)
+        for tensor, _ in part:
+            yield tensor, sums.pop(tensor.name).result()
+
+
+def _parts(values: Sequence[tuple[gs.Tensor, int]], gram: bool) -> Iterator[list[tuple[gs.Tensor, int]]]:
+    part: list[tuple[gs.Tensor, int]] = []
+    held = 0
+    for tensor, width in values:
+        size = 8 * (width + 1) ** 2 if gram else 0
+        if part and (len(part) == _AT_ONCE or held + size > _GRAMS):
+            yield part
+            part, held = [], 0
+        part.append((tensor, width))
+        held += size
+    if part:
+        yield part

@@ -1,0 +1,186 @@
+"""What quantize-ffn does to linears, once it is settled which: smoothing, statistics, integers in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...graph.builder import Builder
+from ...graph.model import Model
+from ..base import Context, Refused
+from .dynamic_int8 import quantize_group
+from .input_statistics import InputStatistics, input_statistics
+from .integer_weight import IntegerWeight, integer_weight
+from .linear_groups import LinearGroup
+from .nbits import quantize_nbits
+from .row_choice import measure_rows
+from .smooth import can_divide_hidden, counterweights, factors, smooth
+from .weight_codes import Rounding
+from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, is_matrix, stored_weight
+
+Form = Literal["dynamic", "nbits", "weight-only"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How linears are quantized.
+
+    Attributes:
+        form: what is put in their place.
+        rounding: of their weights.
+        rows: which groups get a scale for each row of the activations.
+        smooth: by what large channels are known: ``norm`` or ``feeds``; strength: the α of SmoothQuant.
+        compensate: move rounding errors into inputs not rounded yet (GPTQ); correct_bias: take the mean error out of the bias.
+        int8_arithmetic: MatMulNBits may quantize the activations.
+    """
+
+    form: Form
+    rounding: Rounding
+    rows: Literal["auto", "true", "false"] = "auto"
+    smooth: Literal["none", "norm", "feeds"] = "norm"
+    strength: float = 1.0
+    compensate: bool = False
+    correct_bias: bool = False
+    int8_arithmetic: bool = True
+
+    @property
+    def measures(self) -> bool:
+        """Whether statistics of the inputs are needed after smoothing."""
+        return self.compensate or self.correct_bias or (self.rounding.scale == "mse" and self.smooth == "feeds")
+
+
+@dataclass(eq=False)
+class Unit:
+    """Groups that are quantized together or not at all: an FFN block, or linears that read one value.
+
+    Attributes:
+        block: index of the block, None for other linears.
+        groups: in order of execution.
+        smoothed: what the weights of a group now hold besides the numbers of the file; set by ``smooth_units``.
+    """
+
+    block: int | None
+    groups: list[LinearGroup]
+    smoothed: list[str] = field(default_factory=list)
+
+    def refused(self, reason: str) -> Refused:
+        """Left alone because of ``reason``."""
+        return Refused(reason, self.groups[-1].linears[-1].output.name, self.block)
+
+
+def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: Context) -> None:
+    """Take large channels out of what the groups read, by exact algebra on the float model."""
+    if recipe.smooth == "none":
+        return
+    groups = [group for unit in units for group in unit.groups if _plain(group)]
+    known: Mapping[int, InputStatistics | None] = {}
+    if recipe.smooth == "feeds" and recipe.form == "dynamic":
+        known = dict(_measured(model, groups, context, gram=False))
+    for unit in units:
+        for group in reversed(unit.groups):  # what is divided by in the up projection must be known before that is smoothed
+            if not _plain(group) or (group.down and not (recipe.smooth == "feeds" and can_divide_hidden(group))):
+                continue
+            scale = None
+            if recipe.form == "dynamic":
+                scale = factors(group, recipe.strength, known.get(id(group.input)))
+                group.smoothed = scale is not None
+            if scale is None and not group.down:
+                scale = counterweights(group)
+            if scale is not None:
+                unit.smoothed.append(smooth(model, group, scale))
+    if recipe.smooth == "feeds" and recipe.form == "dynamic" and recipe.rows == "auto":
+        measure_rows(model, groups, context)
+
+
+def quantize_units(model: Model, units: Sequence[Unit], recipe: Recipe,
+                   context: Context) -> Iterator[tuple[Unit, Refused | None]]:
+    """Quantize the units one after the other; each comes with why it was left alone, or None."""
+    statistics: dict[int, InputStatistics | None] = {}
+    waiting = list(units)
+    if recipe.measures:
+        groups = [group for unit in units for group in unit.groups if _plain(group)]
+        for key, found in _measured(model, groups, context, gram=recipe.compensate):
+            statistics[key] = found
+            while waiting and all(id(group.input) in statistics for group in waiting[0].groups if _plain(group)):
+                unit = waiting.pop(0)
+                yield unit, _quantize(model, unit, recipe, statistics, context)
+                for group in unit.groups:
+                    statistics[id(group.input)] = None  # its Gram matrix is no longer needed
+    for unit in waiting:
+        yield unit, _quantize(model, unit, recipe, statistics, context)
+
+
+def _plain(group: LinearGroup) -> bool:
+    """Whether the linears are single matrices over the last axis."""
+    return all(is_matrix(linear) and linear.node.inputs[0] is linear.input for linear in group.linears)
+
+
+def _measured(model: Model, groups: Sequence[LinearGroup], context: Context,
+              gram: bool) -> Iterator[tuple[int, InputStatistics | None]]:
+    assert context.fit is not None
+    values = [(group.input, group.d_in) for group in groups if group.graph is model.graph]
+    for tensor, found in input_statistics(model, values, context.fit, context, gram=gram):
+        yield id(tensor), found
+    for group in groups:
+        if group.graph is not model.graph:  # ONNX Runtime gives no values out of a subgraph
+            yield id(group.input), None
+
+
+def _quantize(model: Model, unit: Unit, recipe: Recipe, statistics: Mapping[int, InputStatistics | None],
+              context: Context) -> Refused | None:
+    made: MutableMapping[object, Any] = context.memo
+    whole = all(_plain(group) for group in unit.groups)
+    if not whole:
+        return _quantize_stored(model, unit, recipe)
+    weights: list[list[IntegerWeight]] = []
+    for group in unit.groups:
+        found = []
+        for linear in group.linears:
+            weight = integer_weight(linear, recipe.rounding, made, statistics.get(id(group.input)),
+                                    compensate=recipe.compensate, correct_bias=recipe.correct_bias)
+            if weight is None:
+                return unit.refused("a weight is not finite")
+            found.append(weight)
+        weights.append(found)
+    for group, found in zip(unit.groups, weights, strict=True):
+        build = Builder(model, group.graph, group.name, group.onnx_type)
+        if recipe.form == "dynamic":
+            quantize_group(model, group, found, _by_rows(group, recipe))
+            continue
+        for linear, weight in zip(group.linears, found, strict=True):
+            if recipe.form == "nbits":
+                quantize_nbits(build, linear, weight, recipe.int8_arithmetic)
+            else:
+                dequantize_matrix(build, linear, weight)
+    return None
+
+
+def _by_rows(group: LinearGroup, recipe: Recipe) -> bool:
+    """Whether each row gets a scale of its own."""
+    if recipe.rows != "auto":
+        return recipe.rows == "true"
+    return group.loud if group.loud is not None else group.down or not group.smoothed
+
+
+def _quantize_stored(model: Model, unit: Unit, recipe: Recipe) -> Refused | None:
+    """Convolutions and packed experts have no integer kernel of this kind: their weights are stored as int8."""
+    largest = recipe.rounding.largest if recipe.rounding.bits == 8 else 127
+    columns = Rounding(largest)
+    jobs: list[tuple[LinearGroup, int, StoredWeight | IntegerWeight]] = []
+    for group in unit.groups:
+        for number, linear in enumerate(group.linears):
+            found: StoredWeight | IntegerWeight | str | None
+            found = integer_weight(linear, columns, {}) if is_matrix(linear) else stored_weight(linear, largest)
+            if found is None or isinstance(found, str):
+                return unit.refused(found or "a weight is not finite")
+            jobs.append((group, number, found))
+    for group, number, found in jobs:
+        build = Builder(model, group.graph, group.name, group.onnx_type)
+        if isinstance(found, StoredWeight):
+            dequantize_stored(build, group.linears[number], found, largest)
+        else:
+            dequantize_matrix(build, group.linears[number], found)
+    return None
+
+

@@ -1,0 +1,1 @@
+"""What is shown about a rewritten model: that it is valid, how far it moved and where, what each pass contributed."""

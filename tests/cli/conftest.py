@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from feed_files import write_feeds
 from ffn_graphs import transformer
-from ffnfold.cli import main
+from ffnfold.cli import main, output
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Outcome:
 def cli(tmp_path, monkeypatch):
     """Runs ``ffnfold`` with arguments, in an empty folder; whatever it raises beside an exit code fails the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")  # however long the names of the folders are
+    monkeypatch.setattr(output.console, "width", 160)  # whatever the terminal is, and however long the names of the folders
 
     def run(*arguments) -> Outcome:
         result = CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from feed_files import write_feeds
 from ffn_graphs import transformer
 from ffnfold.cli import main, output
+from ffnfold.passes.proof import contributions
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Outcome:
 def cli(tmp_path, monkeypatch):
     """Runs ``ffnfold`` with arguments, in an empty folder; whatever it raises beside an exit code fails the test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contributions, "SECONDS", 0.1)
     monkeypatch.setattr(output.console, "width", 160)  # whatever the terminal is, and however long the names of the folders
 
     def run(*arguments) -> Outcome:

@@ -31,6 +31,7 @@ def ended(process) -> dict:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_the_best_plan_is_written_and_optimize_makes_the_same_model(start, model, feeds, tmp_path):
     report = ended(start("a", "--max-drift", "cosine_mean=0.97", "--report", tmp_path / "told"))
     assert report["ok"] is True
@@ -54,6 +55,7 @@ def test_the_best_plan_is_written_and_optimize_makes_the_same_model(start, model
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_search_that_was_killed_measures_nothing_twice(start, tmp_path):
     records = tmp_path / "cache"
 

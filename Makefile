@@ -21,7 +21,7 @@ page: $(VENV)/.test
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
-	rm -rf build/check && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/check .
+	rm -rf build/check build/lib && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/check .
 	MYPYPATH=build/check $(BIN)/mypy --cache-dir build/.mypy_cache -p ffnfold
 
 clean:

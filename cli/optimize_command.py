@@ -57,7 +57,7 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
     job = Job(model, output, plan, data=data, synthetic=synthetic, provider=provider, threads=threads,
               use_tf32=use_tf32, allow_cpu=allow_cpu,
               limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify,
-              detailed=report_folder is not None, cache=cache)
+              detailed=report_folder is not None, by_pass=report_folder is not None, cache=cache)
     if report_folder is not None:
         check_folder(report_folder)
     searched = bool(max_drift) and not passes and plan_file is None and data is not None and target == provider

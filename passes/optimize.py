@@ -44,7 +44,8 @@ class Job:
         limits: on the drift.
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
-        detailed: also the drift of each block, what each pass contributed, and the time of each run.
+        detailed: also the drift of each block, and the time of each run.
+        by_pass: also what each pass contributed.
         cache: where moments are kept, so that the same job, killed and started again, goes on from there; None: nowhere.
         external: weights in a data file; None: as the input has them.
         split: the feeds at ``data``, divided already; None: as the plan needs them.
@@ -64,6 +65,7 @@ class Job:
     strict: bool = False
     verify: bool = True
     detailed: bool = False
+    by_pass: bool = False
     cache: Path | None = None
     external: bool | None = None
     split: Split | None = None
@@ -76,7 +78,7 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     Returns:
         The contract's object of ``optimize``, and ``notes``: sentences for people. Where it was to be ``detailed`` and there
         are feeds, ``details`` holds ``drift``, ``verify``'s object with its blocks, and ``timing``, ``bench``'s object with
-        ``times_ms``; and ``contributions`` the rows of :meth:`Contributions.measure`.
+        ``times_ms``; and with ``by_pass`` the rows of :meth:`Contributions.measure` as ``contributions``.
 
     Raises:
         InputError: bad input; nothing is written then.
@@ -93,7 +95,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
              progress: Callable[[str], None]) -> dict[str, Any]:
     fitting = split if job.plan.needs_feeds else None
     exact = ExactPart(model, job.plan, compared=split is not None and job.verify)
-    shares = Contributions(model) if job.detailed and split is not None and job.verify else None
+    shares = Contributions(model) if job.by_pass and split is not None and job.verify else None
     resume = _resume(job, fitting, fingerprint)
 
     def after(done: int) -> None:

@@ -19,7 +19,7 @@ from .edit import consumers, current, is_output, producer
 from .linear import MICROSOFT, Linear, read_linear
 from .model import Model
 from .rejection import Rejection
-from .residual import SKIP_NORMS, Ancestors, Join, follow, terms
+from .residual import SKIP_NORMS, Ancestors, Join, addends, follow, terms
 from .sort import reads, topological
 
 _STEPS = 2000
@@ -176,13 +176,7 @@ class _Search:
 
     def _addition(self, node: gs.Node, tensor: gs.Tensor, core: gs.Node) -> tuple[gs.Tensor, bool] | None:
         """The other operand of an Add of two computed values, and whether ``core`` was computed from it."""
-        if node.op in SKIP_NORMS:
-            operands = node.inputs[:2]
-        elif node.op in ("Add", "Sum") and node.domain in (None, "", "ai.onnx"):
-            operands = node.inputs
-        else:
-            return None
-        others = [value for value in operands if value is not tensor and fold(value) is None
+        others = [value for value in addends(node) if value is not tensor and fold(value) is None
                   and not self._ancestors.leads([core.outputs[0]], value)]
         for other in others:
             if self._ancestors.leads(_stream(other), core.outputs[0]):

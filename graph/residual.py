@@ -170,15 +170,16 @@ def find_join(output: gs.Tensor, x: gs.Tensor, ancestors: Ancestors,
     return blocked
 
 
+def addends(node: gs.Node) -> list[gs.Tensor]:
+    """What ``node`` adds up, if it can be a residual Add; else nothing."""
+    if node.op in SKIP_NORMS:
+        return list(node.inputs[:2])
+    return list(node.inputs) if node.op in ("Add", "Sum") and node.domain in (None, "", "ai.onnx") else []
+
+
 def _joined(node: gs.Node, tensor: gs.Tensor, x: gs.Tensor, ancestors: Ancestors) -> gs.Tensor | None:
     """The residual operand, where ``node`` adds ``tensor`` to what ``x`` was computed from."""
-    if node.op in SKIP_NORMS:
-        operands = node.inputs[:2]
-    elif node.op in ("Add", "Sum") and node.domain in (None, "", "ai.onnx"):
-        operands = node.inputs
-    else:
-        return None
-    for operand in operands:
+    for operand in addends(node):
         if operand is not tensor and fold(operand) is None:
             found = ancestors.any(terms(operand), x)
             if found is not None and not _passed_by(operand, node, ancestors):

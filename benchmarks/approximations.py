@@ -88,9 +88,9 @@ def beside_blocks(gone: int) -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def next_token_loss(model: Any, feeds: Feeds) -> float:
+def next_token_loss(model: Any, feeds: Feeds, provider: str) -> float:
     """Mean negative log-likelihood of the next token, in nats, over what is no padding."""
-    session = open_session(model)
+    session = open_session(model, provider=provider)
     total, count = 0.0, 0
     for feed in feeds:
         logits = session.run(feed, ["logits"])["logits"].astype(np.float64)
@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--left", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--fit", type=int, help="use this many fitting feeds (default: all)")
     parser.add_argument("--only", nargs="+", help="names of members and baselines")
+    parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu", help="what runs the model")
     arguments = parser.parse_args()
     model = ffnfold.load(arguments.model)
     specs = input_specs(model)
@@ -124,19 +125,20 @@ def main() -> int:
     if arguments.json.is_file():
         result = json.loads(arguments.json.read_text())
     if "order" not in result:
-        context = Context(fit, choose)
+        context = Context(fit, choose, arguments.provider)
         scores = {block.index: influence(model, block, context) for block in blocks}
         result["order"] = sorted(scores, key=lambda index: scores[index])
     as_text = any(spec.name == "logits" for spec in open_session(arguments.model).outputs)
     if as_text and "base" not in result:
-        result["base"] = next_token_loss(arguments.model, report)
+        result["base"] = next_token_loss(arguments.model, report, arguments.provider)
     for left in arguments.left:
         for name, (kind, texts) in plans(blocks, result["order"], left).items():
             known = any(row["left"] == left and row["name"] == name for row in result["rows"])
             if known or (arguments.only and name not in arguments.only):
                 continue
             result["rows"].append({"left": left, "name": name, "kind": kind, "plan": texts,
-                                   **measure(arguments.model, texts, fit, choose, report, result.get("base"))})
+                                   **measure(arguments.model, texts, (fit, choose, report), result.get("base"),
+                                             arguments.provider)})
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
             row = result["rows"][-1]
@@ -145,18 +147,20 @@ def main() -> int:
     return 0
 
 
-def measure(path: Path, texts: list[str], fit: Feeds, choose: Feeds, report: Feeds, base: float | None) -> dict[str, Any]:
+def measure(path: Path, texts: list[str], feeds: tuple[Feeds, Feeds, Feeds], base: float | None,
+            provider: str) -> dict[str, Any]:
     """One row: the loss, the drift of each output, the part of the FFN parameters that is left, and seconds to rewrite."""
+    fit, choose, report = feeds
     model = ffnfold.load(path)
     before = model.copy()
     start = time.perf_counter()
-    results = run_plan(model, ffnfold.Plan.parse(texts), fit=fit, choose=choose)
+    results = run_plan(model, ffnfold.Plan.parse(texts), fit=fit, choose=choose, provider=provider)
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {"fired": [each.fired for each in results], "seconds": round(seconds, 1),
                            "parameters_left": ffn_parameters_left(before, model)}
     if base is not None:
-        return {**row, "loss": next_token_loss(model, report) - base}
-    outputs = compare(path, model, report).to_json()["outputs"]
+        return {**row, "loss": next_token_loss(model, report, provider) - base}
+    outputs = compare(path, model, report, provider=provider).to_json()["outputs"]
     drift = {name: {metric: each[metric] for metric in ("cosine_mean", "rel_l2")} for name, each in outputs.items()}
     return {**row, "loss": 1 - list(drift.values())[-1]["cosine_mean"], "drift": drift}
 

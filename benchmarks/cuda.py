@@ -4,10 +4,10 @@
     python benchmarks/cuda.py --tiny --provider cpu                  the same on a small decoder, to see that it works
 
 Makes the decoder (random weights; ``decoder.py`` beside this file says what is in it), rewrites it by ``linearize-ffn`` on all
-blocks (all but the first N with ``--keep-first N``; statistics are taken on the GPU) and by weight-only int8 on all blocks, and
-races them with the original: 512 tokens, 8 × 512 tokens, and one token after 127 others, that one with and without CUDA graphs in
-the same rounds. int8 is run as ONNX Runtime does by default and with ``ep.cuda.fpa_intb_gemm=1``, which packs the weights for its
-faster kernels.
+blocks (all but the first N with ``--keep-first N``; statistics are taken on the GPU), by weight-only int8 and by 4 bits on all
+blocks, and races them with the original: 512 tokens, 8 × 512 tokens, and one token after 127 others, that one with and without
+CUDA graphs in the same rounds. int8 is run as ONNX Runtime does by default and with ``ep.cuda.fpa_intb_gemm=1``, which packs the
+weights for its faster kernels.
 
 Prints a table and writes JSON, also after each race, so that a run that is cut off leaves what it had. Exit code 1 if a limit is
 missed, a node that computes is on the CPU, or a copy between CPU and GPU was put in.
@@ -37,7 +37,8 @@ from ffnfold.runtime.placement import CPU
 
 STEP = "1x1"
 GRAPH = f"{STEP}, CUDA graph"
-AFFINE, INT8 = "linearize-ffn", "int8"
+AFFINE, INT8, FOUR_BITS = "linearize-ffn", "int8", "4 bits"
+SHAPES = {"llama-7b": Shape(), "mistral-7b": Shape(d_ff=14336, kv_heads=8)}  # arXiv 2302.13971, arXiv 2310.06825
 LIMITS = {(AFFINE, "1x512"): 1.7, (AFFINE, "8x512"): 1.8, (AFFINE, GRAPH): 1.6, (INT8, STEP): 1.3}
 CONFIGS: dict[str, dict[str, str]] = {
     INT8: {}, f"{INT8}, packed": {"ep.cuda.fpa_intb_gemm": "1", "ep.cuda.fpa_intb_profile_m": "1,512,4096"}}
@@ -48,8 +49,8 @@ TINY = Shape(layers=3, d_model=64, d_ff=176, heads=4, vocabulary=256, context=64
 def main() -> int:
     """Measure and print; exit code 1 if a limit is missed."""
     arguments = parse()
-    shape = dataclasses.replace(TINY if arguments.tiny else Shape(layers=arguments.layers), attention=arguments.attention,
-                                gated=not arguments.ungated)
+    shape = dataclasses.replace(TINY if arguments.tiny else dataclasses.replace(SHAPES[arguments.shape], layers=arguments.layers),
+                                attention=arguments.attention, gated=not arguments.ungated)
     if arguments.ungated and not arguments.tiny:
         shape = dataclasses.replace(shape, d_ff=16384)
     with tempfile.TemporaryDirectory(prefix="ffnfold-") as temporary:
@@ -65,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small decoder; no limits")
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-7b", help="of whose layers")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", choices=[AFFINE, INT8, FOUR_BITS], nargs="+", help="these rewrites (default: all)")
     parser.add_argument("--keep-first", type=int, default=0, metavar="N", help="leave the first N blocks as they are")
     parser.add_argument("--ungated", action="store_true", help="4096 → 16384, GELU, instead of 4096 → 11008 gated")
     parser.add_argument("--attention", choices=["fused", "plain"], default="fused")
@@ -92,7 +95,9 @@ class Bench:
             "decoder": dataclasses.asdict(shape), "provider": self.provider, "tiny": arguments.tiny,
             "past_of_1x1": self.past, "ffn_parameters_rewritten": share,
             "ffn_parameters_gone": 1 - kept / (shape.ffn_parameters * shape.layers),
-            "plans": {AFFINE: f"linearize-ffn:blocks={first}-{shape.layers - 1}", INT8: arguments.int8},
+            "plans": {name: plan for name, plan in (
+                (AFFINE, f"linearize-ffn:blocks={first}-{shape.layers - 1}"), (INT8, arguments.int8),
+                (FOUR_BITS, "quantize-ffn:form=nbits,bits=4")) if name in (arguments.only or [name])},
             "packages": {name: importlib.metadata.version(name) for name in ("numpy", "onnx", "onnx-graphsurgeon", "ffnfold")},
             "configs": CONFIGS, "seconds": {}, "passes": {}, "bytes": {}, "drift": {}, "executed": {}, "races": {}, "rows": [],
             "left_out": {}, "ok": False}
@@ -174,8 +179,9 @@ class Bench:
         print(table(self.result["rows"]))
         for key, value in self.result["machine"].items():
             print(f"{key}: {value}")
-        print(f"linearize-ffn: {self.result['ffn_parameters_rewritten']:.1%} of FFN parameters rewritten, "
-              f"{self.result['ffn_parameters_gone']:.1%} gone")
+        if AFFINE in self.result["plans"]:
+            print(f"linearize-ffn: {self.result['ffn_parameters_rewritten']:.1%} of FFN parameters rewritten, "
+                  f"{self.result['ffn_parameters_gone']:.1%} gone")
         for name, metrics in self.result["drift"].items():
             print(f"drift of {name} (random weights): cosine {metrics['cosine_mean']:.6f}, "
                   f"relative error {metrics['rel_l2']:.4f}")
@@ -197,6 +203,8 @@ class Bench:
                 yield (f"{row['model']} at {row['shape']}: {row['fallback_nodes']} nodes compute on the CPU, "
                        f"{row['memcpy_nodes']} copies")
         for (name, shape), least in ({} if self.arguments.tiny else LIMITS).items():
+            if name not in self.result["plans"]:
+                continue
             fastest = max((row["speedup"] for row in self.result["rows"]
                            if row["model"].startswith(name) and row["shape"] in ((STEP, GRAPH) if name == INT8 else (shape,))),
                           default=0.0)

@@ -37,6 +37,7 @@ class Shape:
 
     Attributes:
         d_ff: intermediate width.
+        kv_heads: heads of key and value, each for several of the query (arXiv 2305.13245); 0: as many as those.
         context: longest sequence.
         dtype: ``float16`` or ``float32``.
     """
@@ -50,11 +51,17 @@ class Shape:
     gated: bool = True
     attention: Literal["fused", "plain"] = "fused"
     dtype: str = "float16"
+    kv_heads: int = 0
 
     @property
     def d_head(self) -> int:
         """Width of one head."""
         return self.d_model // self.heads
+
+    @property
+    def states(self) -> int:
+        """Heads of key and value."""
+        return self.kv_heads or self.heads
 
     @property
     def ffn_parameters(self) -> int:
@@ -78,7 +85,7 @@ def write_decoder(path: Path, shape: Shape, seed: int = 0) -> None:
 def feed(shape: Shape, batch: int, tokens: int, past: int = 0, seed: int = 0) -> dict[str, Any]:
     """Random tokens, after ``past`` others whose states are random too."""
     random = np.random.default_rng([seed, batch, tokens, past])
-    states = (batch, shape.heads, past, shape.d_head)
+    states = (batch, shape.states, past, shape.d_head)
     return {"input_ids": random.integers(0, shape.vocabulary, (batch, tokens)),
             "attention_mask": np.ones((batch, past + tokens), np.int64),
             **{f"past_key_values.{layer}.{kind}": (random.standard_normal(states) * 0.5).astype(shape.dtype)
@@ -116,7 +123,7 @@ class _Sketch:
         attend = self.fused() if shape.attention == "fused" else self.plain()
         for layer in range(shape.layers):
             name = f"/layers.{layer}"
-            states = [self.input(f"past_key_values.{layer}.{kind}", self.onnx_type, ["batch", shape.heads, "past", shape.d_head])
+            states = [self.input(f"past_key_values.{layer}.{kind}", self.onnx_type, ["batch", shape.states, "past", shape.d_head])
                       for kind in ("key", "value")]
             mixed = attend(self.norm(x, f"{name}/attention_norm"), states, layer)
             x = self.op("Add", x, self.linear(mixed, shape.d_model, shape.d_model, f"{name}/attention/o", residual=True))
@@ -149,16 +156,18 @@ class _Sketch:
 
         def attend(x: str, states: list[str], layer: int) -> str:
             name = f"/layers.{layer}/attention"
-            packed = self.linear(x, shape.d_model, 3 * shape.d_model, f"{name}/qkv")
+            packed = self.linear(x, shape.d_model, shape.d_model + 2 * shape.states * shape.d_head, f"{name}/qkv")
             present = [self.state(layer, kind) for kind in ("key", "value")]
             return self.op("GroupQueryAttention", packed, "", "", *states, ends, total, *caches, name=name,
-                           domain="com.microsoft", more=present, num_heads=shape.heads, kv_num_heads=shape.heads, do_rotary=1)
+                           domain="com.microsoft", more=present, num_heads=shape.heads, kv_num_heads=shape.states, do_rotary=1)
 
         return attend
 
     def plain(self) -> Callable[[str, list[str], int], str]:
         """Attention in single operators."""
         shape = self.shape
+        if shape.states != shape.heads:
+            raise ValueError("attention in single operators has as many heads of key and value as of the query")
         zero, first, last = (self.constant(f"index_{index}", np.asarray([index])) for index in (0, 1, -1))
         tokens = self.op("Shape", "input_ids", start=1, end=2)
         total = self.op("Shape", "attention_mask", start=1, end=2)
@@ -198,7 +207,7 @@ class _Sketch:
 
     def state(self, layer: int, kind: str) -> str:
         """An output for the key or value states of ``layer``."""
-        return self.output(f"present.{layer}.{kind}", ["batch", self.shape.heads, "total", self.shape.d_head])
+        return self.output(f"present.{layer}.{kind}", ["batch", self.shape.states, "total", self.shape.d_head])
 
     def norm(self, x: str, name: str) -> str:
         """RMS norm (arXiv 1910.07467)."""

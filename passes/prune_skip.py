@@ -95,13 +95,19 @@ class PruneSkip(BlockPass):
                     refused.append(outcome)
                 elif outcome:
                     folded += 1
-        if self.fit == "none":
-            return self.result(folded, refused)
         if folded:
             context.ledger.refresh(self.name)
+        if self.fit == "none":
+            return self.result(folded, [*refused, *self._curved(context)])
         with Streams(model, context, self.vary) as streams:
             result = super().run(model, dataclasses.replace(context, streams=streams))
         return dataclasses.replace(result, fired=result.fired + folded, refused=[*refused, *result.refused])
+
+    def _curved(self, context: Context) -> list[Refused]:
+        """The blocks that are no affine map."""
+        there, gone = context.ledger.select(self.blocks)
+        reason = "it has an activation: make it affine first (linearize-ffn), or give fit=slim"
+        return [*gone, *(Refused(reason, block.output.name, index) for index, block in there.items())]
 
     def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
         """The neurons that stay, and the maps to the whole sum."""

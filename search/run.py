@@ -18,7 +18,7 @@ from ..runtime.limits import LOGITS_METRICS
 from .candidates import KEEP, OTHERS, Candidate, Choice, plan_of
 from .choice import choose, text_of
 from .estimate import estimate
-from .front import Point
+from .front import Expected, Point
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
 from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
@@ -177,18 +177,21 @@ class Search:
         self._visit(dict.fromkeys(self.candidates, KEEP))
         levels = levels_of(self.job)
         tried = dict.fromkeys(range(len(levels)), 0)
-        while not self.over:
+        while True:  # what is known of plans costs nothing, and the laws are better for it
             fresh = None
             for number, level in enumerate(levels):
                 if tried[number] >= level.most:
                     continue
                 choice = choose(self.candidates, *self.problem.program(level))
-                if choice is not None and text_of(choice) not in self.points:
+                if choice is not None and text_of(choice) not in self.points and not (self.over and self._unbuilt(choice)):
                     fresh, tried[number] = choice, tried[number] + 1
                     break
             if fresh is None:
                 return
             self._visit(fresh)
+
+    def _unbuilt(self, choice: Choice) -> bool:
+        return self.records.get("built", plan_of(choice, self.job.target).to_yaml(), self._machine) is None
 
     def _shares(self, unit: int, each: Candidate) -> list[tuple[Candidate, float]]:
         """What was measured of a candidate, and how much of it: of a pair only the neurons left change their form."""
@@ -199,17 +202,17 @@ class Search:
 
     def _visit(self, choice: Choice) -> None:
         """Build and measure a choice, and learn from it."""
+        self.points[text_of(choice)] = self.measured(choice, self.problem.expected(choice))
+        self.problem.learn([point for point in self.points.values() if math.isfinite(point.time)])
+
+    def measured(self, choice: Choice, expected: Expected) -> Point:
+        """The model of a choice, built and measured, or as it was measured before; its time is infinite where it is refused."""
         plan = plan_of(choice, self.job.target)
-        expected = self.problem.expected(choice)
         found = self.records.measure(partial(self._build, choice, plan), "built", plan.to_yaml(), self._machine)
         if "refused" in found:
             self._refused = self._refused or found["refused"]
-            self.points[text_of(choice)] = Point(dict(choice), plan, {}, math.inf, 0, expected)
-            return
-        self.points[text_of(choice)] = Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected,
-                                              found["parts"])
-        good = [point for point in self.points.values() if math.isfinite(point.time)]
-        self.problem.learn(good)
+            return Point(dict(choice), plan, {}, math.inf, 0, expected)
+        return Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected, found["parts"])
 
     def _build(self, choice: Choice, plan: Plan) -> dict[str, Any]:
         self.progress(f"plan: {text_of(choice)}")

@@ -74,7 +74,7 @@ def test_an_int8_model_for_the_cpu_is_called_out(cli, model, for_the_cpu, feeds)
     outcome = cli("verify", model, for_the_cpu, "--data", feeds, "--provider", "cuda")
     assert (outcome.code, outcome.out) == (2, "")
     (line,) = outcome.err.splitlines()
-    for word in ("int8.onnx", "fell back to the CPU", "Dynamic", "copies", "quantize-ffn:form=weight-only", "--allow-cpu-nodes"):
+    for word in ("int8.onnx", "fell back to the CPU", "MatMul", "copies", "quantize-ffn:form=weight-only", "--allow-cpu-nodes"):
         assert word in line
 
 
@@ -141,14 +141,24 @@ def test_bench_with_cuda_graphs_has_the_times_without_beside_them(cli, model, af
 def test_optimize_with_the_default_plan_for_cuda(cli, tmp_path, dtype):
     path = everything(dtype).save(tmp_path / "model.onnx")
     feeds = write_x(tmp_path / "feeds", 6, dtype)
-    outcome = cli("optimize", path, "-o", "out.onnx", "--target", "cuda", "--provider", "cuda", "--data", feeds, "--json",
-                  "--max-drift", "cosine_mean=0.999")
+    outcome = cli("optimize", path, "-o", "out.onnx", "--target", "cuda", "--provider", "cuda", "--data", feeds, "--json")
     assert outcome.code == 0, outcome
     found = outcome.json
     assert list(found)[:len(OPTIMIZE)] == OPTIMIZE
     assert found["drift"]["cuda"]["candidate"]["fallback_nodes"] == []
+    assert found["drift"]["outputs"]["y"]["cosine_mean"] > 0.999
     assert found["speed"]["speedup"] > 0
     assert {each["name"]: each["fired"] for each in found["passes"]}["quantize-ffn"] == 3
+
+
+def test_a_limit_without_a_plan_searches_on_the_gpu(cli, tmp_path):
+    path = everything("float16").save(tmp_path / "model.onnx")
+    feeds = write_x(tmp_path / "feeds", 6, "float16")
+    outcome = cli("optimize", path, "-o", "out.onnx", "--target", "cuda", "--provider", "cuda", "--data", feeds, "--json",
+                  "--max-drift", "cosine_mean=0.999")
+    assert outcome.code == 0, outcome
+    assert outcome.json["drift"]["provider"] == "cuda"
+    assert outcome.json["drift"]["outputs"]["y"]["cosine_mean"] >= 0.999
 
 
 def test_optimize_fits_on_the_gpu(cli, model, feeds):

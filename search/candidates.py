@@ -21,7 +21,8 @@ _EIGHTHS = (1, 2, 3, 4, 5, 6)
 _FEW_EIGHTHS = (2, 4)
 _RATIOS = (0.25, 0.5)
 _FORMS: dict[str, dict[str, object]] = {
-    "int8": {"form": "dynamic"}, "int8-plain": {"form": "dynamic", "row_scale": "false"}, "8-bit": {"form": "nbits"},
+    "int8": {"form": "dynamic", "smooth": "feeds"}, "int8-plain": {"form": "dynamic", "row_scale": "false"},
+    "8-bit": {"form": "nbits"},
     "4-bit": {"bits": 4}, "stored-8-bit": {"form": "weight-only"}}
 _OF_TARGET = {"cpu": ("int8", "int8-plain", "8-bit", "4-bit"), "cuda": ("8-bit", "4-bit", "stored-8-bit")}
 _PAIRED = {"cpu": ("int8",), "cuda": ("8-bit",)}
@@ -36,18 +37,20 @@ class Candidate:
         removed: the block is gone, its mean kept.
         ratio: part of the numbers that stays in two thin matrices for each; 0: the matrices are whole.
         form: how weights are stored and multiplied; empty: as they are.
+        head: of the linears outside FFN blocks, those that give logits too.
     """
 
     neurons: int | None = None
     removed: bool = False
     form: str = ""
     ratio: float = 0.0
+    head: bool = False
 
     def __str__(self) -> str:
         body = "removed" if self.removed else f"low-rank-{self.ratio:g}" if self.ratio else ""
         if self.neurons is not None:
             body = f"slim-{self.neurons}" if self.neurons else "affine"
-        return "+".join(part for part in (body, self.form) if part) or "keep"
+        return "+".join(part for part in (body, self.form, "head" if self.head else "") if part) or "keep"
 
     @property
     def fitted(self) -> bool:
@@ -79,9 +82,10 @@ def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list
     return [*found, Candidate(removed=True)]
 
 
-def other_candidates(target: str) -> list[Candidate]:
-    """What may become of the linears outside the blocks."""
-    return [KEEP, *(Candidate(form=form) for form in _OF_TARGET[target])]
+def other_candidates(target: str, head: bool = False) -> list[Candidate]:
+    """What may become of the linears outside the blocks. ``head``: there is one that gives logits."""
+    kinds = [False, True] if head else [False]
+    return [KEEP, *(Candidate(form=form, head=too) for too in kinds for form in _OF_TARGET[target])]
 
 
 def exact_passes() -> list[Pass]:
@@ -89,9 +93,10 @@ def exact_passes() -> list[Pass]:
     return list(Plan.parse(text for text in EXACT_PLAN if text != "fold-norm"))
 
 
-def quantizing(form: str, target: str, blocks: Blocks, others: bool = False) -> QuantizeFFN:
-    """The pass that writes ``form``."""
-    options = {**_FORMS[form], **({"target": target} if target != "cpu" else {}), **({"also": "attention"} if others else {})}
+def quantizing(form: str, target: str, blocks: Blocks, others: Candidate | None = None) -> QuantizeFFN:
+    """The pass that writes ``form``; ``others``: what the linears outside the blocks become with them, if so."""
+    also = {} if others is None else {"also": "everything" if others.head else "attention"}
+    options = {**_FORMS[form], **({"target": target} if target != "cpu" else {}), **also}
     return QuantizeFFN(blocks, **options)  # type: ignore[arg-type]
 
 
@@ -111,11 +116,11 @@ def plan_of(choice: Choice, target: str) -> Plan:
         passes.append(SlimFFN(_blocks(units), widths=text, multiple=1))
     for ratio in sorted({each.ratio for each in choice.values()} - {0.0}):
         passes.append(FactorizeFFN(_blocks([unit for unit, each in choice.items() if each.ratio == ratio]), ratio=ratio))
-    others = choice.get(OTHERS, KEEP).form
+    others = choice.get(OTHERS, KEEP)
     for form in _FORMS:
         units = [unit for unit, each in choice.items() if each.form == form and unit != OTHERS]
-        if units or others == form:
-            passes.append(quantizing(form, target, _blocks(units), others == form))
+        if units or others.form == form:
+            passes.append(quantizing(form, target, _blocks(units), others if others.form == form else None))
     return Plan(tuple(passes))
 
 

@@ -17,6 +17,7 @@ from ..passes.fitting.evidence import Evidence, Streams
 from ..passes.fitting.measure import unmeasurable
 from ..passes.fitting.neuron_fit import NeuronFit
 from ..passes.fitting.neuron_selection import Indices
+from ..passes.int8.other_linears import other_groups
 from ..passes.ledger import Ledger
 from ..passes.plan import Plan
 from ..passes.remove_ffn import RemoveFFN
@@ -25,7 +26,7 @@ from ..passes.slim_ffn import SlimFFN
 from ..runtime import Feeds
 from .candidates import OTHERS, Candidate, block_candidates, exact_passes, other_candidates, quantizing
 
-_ENOUGH_FOR_A_MEAN = 8  # feeds
+_ENOUGH_FOR_A_MEAN = 8  # feeds; also for the largest numbers of channels
 
 
 class Workshop:
@@ -59,7 +60,8 @@ class Workshop:
             able = _able(self.base, block)
             found[index] = [each for each in block_candidates(block, self.target, few=few)
                             if not (each.fitted or each.removed) or able]
-        return {**found, OTHERS: other_candidates(self.target)}
+        counts = [len(other_groups(self.base, self.blocks.values(), heads)[0]) for heads in (False, True)]
+        return {**found, OTHERS: other_candidates(self.target, counts[1] > counts[0])}
 
     def evidence(self, units: Sequence[int]) -> Iterator[tuple[int, Evidence]]:
         """Moments for the fits of blocks, one after the other, all on the model as it is."""
@@ -120,7 +122,8 @@ class Workshop:
             indices = tuple(sorted(block.index for block in found.values() if block is not None))
             if OTHERS not in units and not indices:
                 continue  # a block of one affine map is among the other linears
-            if not quantizing(form, self.target, Blocks(indices), OTHERS in units).run(trial, self._context(trial)).fired:
+            others = changes[OTHERS] if OTHERS in units else None
+            if not quantizing(form, self.target, Blocks(indices), others).run(trial, self._context(trial, few=True)).fired:
                 return None
         return trial
 

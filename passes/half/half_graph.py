@@ -64,6 +64,7 @@ def convert(model: onnx.ModelProto, values: Mapping[str, Values], onnx_type: int
                                                    op_block_list=sorted(blocked), node_block_list=list(named))
     except (AssertionError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         return f"ONNX Runtime's converter fails on it ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    _drop_repeated_casts(proto.graph)
     _join_float(proto.graph)
     sort_nodes(proto.graph)
     if onnx_type == _BFLOAT16:
@@ -238,6 +239,28 @@ def _unpark(proto: onnx.ModelProto, parked: list[onnx.TensorProto], values: Mapp
         if key is not None:
             new[key] = made[whole.key]
     return new, converted
+
+
+def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
+    """Converters before that of ONNX Runtime 1.31 write one Cast for each reader of a value, all of one name."""
+    first: dict[tuple[str, str], str] = {}
+    same: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        key = (node.name, node.input[0]) if node.op_type == "Cast" else ("", "")
+        if key[0].endswith(("_cast_to_fp32_node", "_cast_to_fp16_node")):
+            if key in first:
+                same[node.output[0]] = first[key]
+                continue
+            first[key] = node.output[0]
+        kept.append(node)
+    if not same:
+        return
+    del graph.node[:]
+    graph.node.extend(kept)
+    for inner in _graphs(graph):
+        for node in inner.node:
+            node.input[:] = [same.get(name, name) for name in node.input]
 
 
 def _join_float(graph: onnx.GraphProto) -> None:

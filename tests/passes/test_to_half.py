@@ -13,6 +13,7 @@ from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.graph.tensors import tensors
 from ffnfold.passes.base import Context, PassResult
+from ffnfold.passes.half.half_graph import _drop_repeated_casts
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from ffnfold.passes.to_half import ToHalf
@@ -203,3 +204,11 @@ def test_what_passes_made_before_is_forgotten(tmp_path):
     context = Context(memo={"made": 1})
     assert ToHalf().run(Model.load(tmp_path / "model.onnx"), context).fired == 1
     assert not context.memo
+
+
+def test_casts_that_the_converter_wrote_twice_are_one():
+    casts = [helper.make_node("Cast", ["x"], [output], name="x_cast_to_fp32_node", to=TensorProto.FLOAT) for output in ("a", "b")]
+    readers = [helper.make_node("Neg", [name], [f"-{name}"]) for name in ("a", "b")]
+    graph = helper.make_graph([*casts, *readers], "two", [], [])
+    _drop_repeated_casts(graph)
+    assert [(node.op_type, list(node.input)) for node in graph.node] == [("Cast", ["x"]), ("Neg", ["a"]), ("Neg", ["a"])]

@@ -120,9 +120,15 @@ def test_a_choice_becomes_a_plan_with_one_fit():
         {"remove-ffn": {"blocks": "4"}},
         {"slim-ffn": {"blocks": "0+2-3", "multiple": 1, "widths": "0@2/64@0+3"}},
         {"factorize-ffn": {"blocks": "6"}},
-        {"quantize-ffn": {"blocks": "3+5", "form": "dynamic"}},
+        {"quantize-ffn": {"blocks": "3+5", "form": "dynamic", "smooth": "feeds"}},
         {"quantize-ffn": {"blocks": "none", "form": "nbits", "also": "attention"}}]
     assert type(plan).from_entries(plan.entries()) == plan
+
+
+@pytest.mark.parametrize(("head", "also"), [(False, "attention"), (True, "everything")])
+def test_the_head_is_a_choice_of_its_own(head, also):
+    plan = plan_of({OTHERS: Candidate(form="8-bit", head=head)}, "cpu")
+    assert plan.entries()[-1] == {"quantize-ffn": {"blocks": "none", "form": "nbits", "also": also}}
 
 
 def test_few_feeds_that_scatter_leave_more_room_than_many():

@@ -19,13 +19,14 @@ __all__ = ["FFNBlock", "Feeds", "InputError", "Model", "Plan", "find_ffn_blocks"
 
 if TYPE_CHECKING:
     from .api import load, optimize, verify
+    from .graph.block import FFNBlock
     from .graph.errors import InputError
-    from .graph.ffn import FFNBlock, find_ffn_blocks
+    from .graph.ffn import find_ffn_blocks
     from .graph.model import Model
     from .passes.plan import Plan
     from .runtime import Feeds, load_feeds
 
-_HOMES = {"load": "api", "optimize": "api", "verify": "api", "InputError": "graph.errors", "FFNBlock": "graph.ffn",
+_HOMES = {"load": "api", "optimize": "api", "verify": "api", "InputError": "graph.errors", "FFNBlock": "graph.block",
           "find_ffn_blocks": "graph.ffn", "Model": "graph.model", "Plan": "passes.plan", "Feeds": "runtime",
           "load_feeds": "runtime"}
 

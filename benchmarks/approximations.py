@@ -27,7 +27,7 @@ from typing import Any
 
 import ffnfold
 import numpy as np
-from ffnfold.graph.ffn import FFNBlock
+from ffnfold.graph.block import FFNBlock
 from ffnfold.passes.base import Context
 from ffnfold.passes.fitting.scores import influence
 from ffnfold.passes.runner import run_plan

@@ -11,7 +11,6 @@ from .digests import WORKERS, digest_of
 from .files import Source
 from .weights import StoredValues, Values
 
-
 _PIECE = 64 << 20
 
 
@@ -38,7 +37,7 @@ class InputHash:
     def entries(self) -> dict[str, str]:
         """What identifies the file and its weights.
 
-        ``input_sha256`` of the file, or ``input_pieces_sha256`` of the SHA-256 of each of its pieces in turn where it has several;
+        ``input_sha256`` of the file, or ``input_pieces_sha256`` of the SHA-256 of each of its pieces where it has several;
         ``input_weights_sha256`` of the SHA-256 of each external weight in turn.
         """
         pieces = [each.result() for each in self._file]

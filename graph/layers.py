@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from .attention import Attention, find_attention
+from .block import FFNBlock
 from .constant import remembering
 from .edit import consumers, is_output, producer
-from .ffn import FFNBlock
 from .model import Model
 from .norm import read_norm
 from .rejection import Rejection

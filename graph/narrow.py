@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from .block import FFNBlock
 from .builder import Builder
 from .constant import fold
-from .ffn import FFNBlock
 from .model import Model
 from .region import NORMS, Leaf
 from .shapes import ALIASES

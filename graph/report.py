@@ -7,8 +7,9 @@ from pathlib import Path
 
 import onnx
 
+from .block import FFNBlock
 from .errors import about
-from .ffn import FFNBlock, find_ffn_blocks
+from .ffn import find_ffn_blocks
 from .model import Model
 from .tensors import initializers
 from .types import bits_of

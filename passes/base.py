@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..graph.ffn import FFNBlock
+from ..graph.block import FFNBlock
 from ..graph.model import Model
 from ..runtime import Feeds
 from .blocks import ALL, Blocks

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..graph.block import FFNBlock, Projection
 from ..graph.builder import Builder
-from ..graph.ffn import FFNBlock, Projection
 from ..graph.model import Model
 from ..graph.narrow import why_not_narrow
 from .base import BlockPass, Context, PassResult, Refused, Rewritten

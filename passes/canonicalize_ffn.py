@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
-from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .exact.alone import executed_alone

@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, replace_uses, set_input
-from ..graph.ffn import FFNBlock, find_ffn_blocks
+from ..graph.ffn import find_ffn_blocks
 from ..graph.linear import Linear
 from ..graph.model import Model
 from ..graph.shapes import last_dimension

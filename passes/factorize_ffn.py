@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..graph.ffn import FFNBlock
+from ..graph.block import FFNBlock
 from ..graph.linear import Linear
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ..graph.block import FFNBlock
 from ..graph.edit import current
 from ..graph.errors import InputError
-from ..graph.ffn import FFNBlock, find_ffn_blocks
+from ..graph.ffn import find_ffn_blocks
 from ..graph.model import Model
 from .base import Refused
 from .blocks import Blocks

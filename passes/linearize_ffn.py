@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy.typing as npt
 
-from ..graph.ffn import FFNBlock
+from ..graph.block import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.affine_map import fit_map, input_evidence, put_map, why_no_map

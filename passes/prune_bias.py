@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..graph.block import FFNBlock
 from ..graph.edit import consumers, is_output
-from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .exact.bias_places import BiasPlace, add_constant, inner_places, outer_place, take_away

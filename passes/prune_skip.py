@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
-from ..graph.ffn import FFNBlock
 from ..graph.linear import Linear, read_linear
 from ..graph.model import Model
 from ..graph.norm import read_norm

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..graph.ffn import FFNBlock
+from ..graph.block import FFNBlock
 from ..graph.model import Model
 from ..runtime.processor import products_saturate
 from .base import BlockPass, Context, PassResult, Refused

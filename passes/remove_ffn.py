@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..graph.ffn import FFNBlock
+from ..graph.block import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.evidence import Streams

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead
-from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.affine_map import why_no_map

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
 from ..graph.errors import InputError
-from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..graph.narrow import narrow, why_not_narrow
 from .base import BlockPass, Context, PassResult, Refused, Rewritten

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ..graph.block import FFNBlock
 from ..graph.builder import Builder
-from ..graph.ffn import FFNBlock
 from ..graph.model import Model
 from ..graph.narrow import narrow, why_not_narrow
 from ..graph.region import Leaf

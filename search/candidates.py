@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..graph.ffn import FFNBlock
+from ..graph.block import FFNBlock
 from ..passes.base import Pass
 from ..passes.blocks import Blocks
 from ..passes.factorize_ffn import FactorizeFFN

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..graph.ffn import FFNBlock, find_ffn_blocks
+from ..graph.block import FFNBlock
+from ..graph.ffn import find_ffn_blocks
 from ..graph.model import Model
 from ..passes.base import Context
 from ..passes.blocks import Blocks

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.builder import Builder
 from ...graph.constant import Folded, fold
 from ...graph.edit import consumers, is_output, producer, remove_dead, set_input, set_inputs, substitute
-from ...graph.ffn import FFNBlock
 from ...graph.linear import MICROSOFT, Linear
 from ...graph.model import Model
 from ...graph.norm import Norm, read_norm

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.broadcast import rank
 from ...graph.builder import Builder
 from ...graph.constant import fold, integers
 from ...graph.edit import consumers, is_output, producer, remove_dead, take_over
-from ...graph.ffn import FFNBlock
 from ...graph.linear import Linear
 from ...graph.pointwise import POINTWISE, Array
 from ...graph.types import numpy_type

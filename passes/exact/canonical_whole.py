@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.builder import Builder
 from ...graph.constant import fold
 from ...graph.edit import consumers, is_output, producer
-from ...graph.ffn import FFNBlock
 from ...graph.linear import Linear
 from ..base import Context
 from .canonical_linear import bias_tensor

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.constant import fold
 from ...graph.edit import consumers, is_output, producer
-from ...graph.ffn import FFNBlock
 from ...graph.linear import read_linear
 from ...graph.norm import Norm
 from .bias_places import norm_of

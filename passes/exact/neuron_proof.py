@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from ...graph.block import FFNBlock
 from ...graph.edit import producer
-from ...graph.ffn import FFNBlock
 from ...graph.norm import read_norm
 from .neuron_range import Range, follow
 from .neuron_weights import Indices, NeuronWeight, bound

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...graph.block import FFNBlock
 from ...graph.builder import Builder
 from ...graph.edit import producer, remove_dead, take_over
-from ...graph.ffn import FFNBlock
 from ...graph.model import Model
 from ..base import Context, Refused, Rewritten
 from .bypass import is_pure_branch

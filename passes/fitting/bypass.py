@@ -8,10 +8,10 @@ from typing import Any
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.builder import Builder
 from ...graph.constant import fold
 from ...graph.edit import consumers, is_output, producer, remove_dead, set_inputs, substitute, take_over
-from ...graph.ffn import FFNBlock
 from ...graph.model import Model
 from ...graph.residual import SKIP_NORMS, Join, Sublayer
 from ...graph.shapes import ALIASES

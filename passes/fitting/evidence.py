@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ...graph.ffn import FFNBlock, find_ffn_blocks
+from ...graph.block import FFNBlock
+from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 from ...runtime import Scatter
 from ..base import Context

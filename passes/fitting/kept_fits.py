@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...graph.ffn import FFNBlock
+from ...graph.block import FFNBlock
 from ..base import Pass
 from ..options import given_options
 from ..plan import Plan

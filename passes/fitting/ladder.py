@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ...graph.ffn import FFNBlock
+from ...graph.block import FFNBlock
 from ...graph.model import Model
 from ..base import Context, Refused
 from .spread import damage

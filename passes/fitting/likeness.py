@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...graph.ffn import FFNBlock
+from ...graph.block import FFNBlock
 from ...graph.model import Model
 from ...runtime import capture
 from ..base import Context

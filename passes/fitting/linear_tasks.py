@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.builder import Builder
 from ...graph.edit import producer, remove_dead, take_over
-from ...graph.ffn import FFNBlock
 from ...graph.linear import Linear
 from ...graph.model import Model
 from ...runtime import Scatter

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...graph.block import FFNBlock
 from ...graph.errors import InputError
-from ...graph.ffn import FFNBlock, find_ffn_blocks
+from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 from ...runtime import compare
 from ..base import Context

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ...graph.ffn import FFNBlock, find_ffn_blocks
+from ...graph.block import FFNBlock
+from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 from ...runtime import compare
 from ..base import Context

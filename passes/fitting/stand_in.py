@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ...graph.ffn import FFNBlock
+from ...graph.block import FFNBlock
 from ...graph.model import Model
 from ..base import Context, Refused, Rewritten
 from .affine_map import fit_map, input_evidence, put_map, put_thin_maps, reduce_rank, why_no_map

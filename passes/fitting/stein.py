@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...graph.ffn import FFNBlock, Projection
+from ...graph.block import FFNBlock, Projection
 from ...runtime import Scatter
 from ..base import Refused
 from .evidence import Evidence

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.edit import producer
-from ...graph.ffn import FFNBlock
 from ...graph.region import NORMS
 from .bypass import is_pure_branch
 

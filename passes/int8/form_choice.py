@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...graph.block import FFNBlock
 from ...graph.errors import InputError
-from ...graph.ffn import FFNBlock
 from ...graph.model import Model
 from ...runtime import Feeds, race, synthetic_feeds
 from ...runtime.feeds import Feed

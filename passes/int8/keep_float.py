@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...graph.ffn import FFNBlock
+from ...graph.block import FFNBlock
 from ...graph.model import Model
 from ..base import BlockPass, Context
 from ..proof.per_block import drift_per_block

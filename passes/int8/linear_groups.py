@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from ...graph.activation import GRID
-from ...graph.ffn import FFNBlock
+from ...graph.block import FFNBlock
 from ...graph.linear import Linear
 
 _FAR = np.concatenate([GRID, [-1e3, -100.0, -30.0, 30.0, 100.0, 1e3]])

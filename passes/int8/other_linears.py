@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.edit import consumers, is_output
-from ...graph.ffn import FFNBlock
 from ...graph.linear import Linear, read_linear
 from ...graph.model import Model
 from ...graph.shapes import ALIASES

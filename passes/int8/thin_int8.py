@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from ...graph.block import FFNBlock
 from ...graph.builder import Builder
 from ...graph.edit import producer
-from ...graph.ffn import FFNBlock
 from ...graph.linear import Linear, read_linear
 from ...graph.model import Model
 from .dynamic_int8 import quantize_group

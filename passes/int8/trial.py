@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from ...graph.ffn import FFNBlock, find_ffn_blocks
+from ...graph.block import FFNBlock
+from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 from ..base import BlockPass, Context
 from ..blocks import Blocks

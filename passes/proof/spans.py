@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from ...graph.block import FFNBlock
 from ...graph.check import sort_nodes
 from ...graph.edit import is_output
-from ...graph.ffn import FFNBlock, find_ffn_blocks
+from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 
 

@@ -19,6 +19,7 @@ from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
 from ffnfold.runtime import Feeds, parse_limit
 from ffnfold.search import SearchJob, search_file
+from ffnfold.search.run import Search
 from ffnfold.search.workshop import Workshop
 from ffnfold.search.yardstick import Yardstick, next_token_loss
 from rewriting import Branch, in_branch
@@ -84,6 +85,17 @@ def test_a_search_that_was_killed_measures_nothing_twice(start, tmp_path):
     assert second["measured"] == 0
     assert second["plan"] == report["plan"]
     assert (tmp_path / "b/out.onnx").read_bytes() == (tmp_path / "a/out.onnx").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_plans_that_are_known_count_when_no_time_is_left(start, model, feeds, tmp_path, monkeypatch):
+    report = ended(start("a"))
+    monkeypatch.setattr(Search, "over", True)
+    again = search_file(SearchJob(model, tmp_path / "b.onnx", feeds, limits=[parse_limit("cosine_mean=0.97")], threads=1,
+                                  cache=tmp_path / "cache", beside=False))
+    assert (again["measured"], again["plan"]) == (0, report["plan"])
+    assert len(again["points"]) == len(report["points"])
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def _convert(kind: Any, value: object) -> Any:
     if kind is Blocks:
         return Blocks.parse(value)
     if kind is type(None):
-        if value is None or value == "":
+        if value is None or str(value).lower() in ("", "none"):
             return None
         raise ValueError
     if kind is bool:

@@ -84,6 +84,12 @@ def test_every_pass_is_known_by_its_name(name):
     assert PASSES[name].__doc__
 
 
+@pytest.mark.parametrize("text", ["prune-bias:below=", "prune-bias:below=none", "prune-bias:below=None"])
+def test_an_option_that_may_be_nothing_is_none(text):
+    [each] = Plan.parse([text])
+    assert each.below is None
+
+
 def test_which_passes_need_feeds():
     plan = Plan.parse(["fold-bias", "remove-ffn:keep=nothing", "remove-ffn", "quantize-ffn", "linearize-ffn"])
     assert plan.needs_feeds == ["remove-ffn", "linearize-ffn"]

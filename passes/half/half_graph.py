@@ -242,7 +242,7 @@ def _unpark(proto: onnx.ModelProto, parked: list[onnx.TensorProto], values: Mapp
 
 
 def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
-    """Converters before that of ONNX Runtime 1.31 write one Cast for each reader of a value, all of one name."""
+    """ONNX Runtime 1.30's converter can write one Cast for each reader of a value, all of one name."""
     first: dict[tuple[str, str], str] = {}
     same: dict[str, str] = {}
     kept = []

@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph.builder import Builder
+from ...graph.edit import producer, remove_dead, take_over
 from ...graph.linear import Linear
 from ...graph.weights import ComputedValues, Values
 from .error_compensation import compensated_codes
@@ -51,6 +52,14 @@ class IntegerWeight:
             return None
         bias = np.zeros(self.linear.d_out) if self.linear.bias is None else self.linear.bias().astype(np.float64)
         return (bias if self.correction is None else bias - self.correction).astype(np.float32)
+
+    def put(self, build: Builder, product: gs.Tensor, hint: str) -> None:
+        """Put ``product``, and the bias added to it, in the place of what the linear gives."""
+        bias, old = self.bias(), producer(self.linear.output)
+        if bias is not None:
+            product = build.op("Add", product, build.constant(bias, f"{hint}_bias"), hint=f"{hint}_add")
+        take_over(self.linear.output, product)
+        remove_dead(build.graph, [old] if old is not None else [])
 
     def constants(self, build: Builder, hint: str) -> tuple[gs.Constant, gs.Constant]:
         """Codes ``[d_in, d_out]`` int8 and scales ``[d_out]`` float32 (one scale a column)."""

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 
 from ...graph.builder import Builder
-from ...graph.edit import producer, remove_dead, take_over
 from ...graph.linear import Linear
 from ...graph.nbits import pack_nbits
 from ...graph.weights import ComputedValues
@@ -42,9 +41,4 @@ def quantize_nbits(build: Builder, linear: Linear, weight: IntegerWeight, int8_a
     attributes: dict[str, Any] = {"accuracy_level": _INT8_ARITHMETIC} if int8_arithmetic else {}
     y = build.contrib("MatMulNBits", linear.input, codes, scales, hint=f"{hint}_int{bits}", K=d_in, N=d_out, bits=bits,
                       block_size=block, **attributes)
-    bias = weight.bias()
-    if bias is not None:
-        y = build.op("Add", y, build.constant(bias, f"{hint}_bias"), hint=f"{hint}_add")
-    old = producer(linear.output)
-    take_over(linear.output, y)
-    remove_dead(build.graph, [old] if old is not None else [])
+    weight.put(build, y, hint)

@@ -37,12 +37,7 @@ def dequantize_matrix(build: Builder, linear: Linear, weight: IntegerWeight) -> 
     block = weight.rounding.block
     matrix = _dequantized(build, stored, weight.scales if block else weight.scales.reshape(-1), 0 if block else 1, hint, block)
     y: gs.Tensor = build.op("MatMul", linear.input, matrix, hint=hint)
-    bias = weight.bias()
-    if bias is not None:
-        y = build.op("Add", y, build.constant(bias, f"{hint}_bias"), hint=f"{hint}_add")
-    old = producer(linear.output)
-    take_over(linear.output, y)
-    remove_dead(build.graph, [old] if old is not None else [])
+    weight.put(build, y, hint)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Baselines, as published, in the same harness: blocks dropped by cosine (arXiv 24
 (arXiv 2306.11695, summed over the neuron) and by FLAP with its bias (arXiv 2312.11983), all with tokens weighted alike; matrices
 factorized by plain SVD and by SVD-LLM (arXiv 2403.07378), the down projection not fitted anew; TARDIS's line for each neuron
 (arXiv 2501.10054), of ungated blocks, without its predictor, the blocks chosen by cosine. Beside them: as many attention
-sublayers or whole layers as blocks, chosen by cosine too (arXiv 2406.15786).
+sublayers or whole layers as blocks, chosen by cosine too (arXiv 2406.15786), and all biases of FFN blocks (arXiv 2212.14034).
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
         found["blocks shared, no fix"] = ("beside", [f"share-ffn:groups={len(blocks) - tied},fix=none"])
     if neurons:
         found["partial linear"] = ("ours", [f"slim-ffn:keep={neurons}"])
+        found["partial linear, no skip"] = ("ours", [f"prune-skip:fit=slim,keep={neurons / first.d_ff}"])
         found["partial linear, widths spread"] = ("ours", [f"slim-ffn:keep={neurons},spread=sensitivity"])
     found["thin matrices"] = ("ours", [f"factorize-ffn:ratio={left}"])
     found["thin matrices, ranks spread"] = ("ours", [f"factorize-ffn:ratio={left},spread=sensitivity"])
@@ -80,11 +81,13 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
 
 
 def beside_blocks(gone: int) -> dict[str, tuple[str, list[str]]]:
-    """As many attention sublayers, or layers, as blocks are dropped: other parameters go than those of FFN blocks."""
+    """As many attention sublayers, or layers, as blocks are dropped, and the biases: other parameters go than matrices of FFNs."""
     return {
         "attention dropped": ("beside", [f"remove-attention:keep=nothing,count={gone}"]),
         "attention dropped, its mean kept": ("beside", [f"remove-attention:count={gone}"]),
         "layers dropped": ("beside", [f"remove-layer:count={gone}"]),
+        "biases dropped, their mean folded": ("beside", ["prune-bias:below=none"]),
+        "biases dropped": ("beside", ["prune-bias:below=none,fold=false"]),
     }
 
 

@@ -113,7 +113,8 @@ def markdown(report: dict[str, Any], plan: Plan) -> str:
     if report.get("contributions"):
         lines += ["", "## What each pass contributed", "",
                   "| after the pass | size | largest rel_l2 of an output | added | speed-up | by this pass |",
-                  "| --- | --- | --- | --- | --- | --- |", *(_contribution(each) for each in report["contributions"])]
+                  "| --- | --- | --- | --- | --- | --- |", *(_contribution(each) for each in report["contributions"]),
+                  "", f"Measured on {report['contributions'][0]['samples']} feeds."]
     if refusals(report):
         lines += ["", "## Left alone", ""]
         lines += [f"* {name}: {reason} ({count})" for name, reason, count in refusals(report)]

@@ -54,7 +54,7 @@ def _contributions(contributions: Sequence[Mapping[str, Any]]) -> Table:
     rows = [[each["name"], each["bytes"] / 1e6, each["drift"].get(output, {}).get("rel_l2"), each["added"].get(output),
              each["speed"]["speedup"], each["gained"]["speedup"], each["gained"]["low"], each["gained"]["high"]]
             for each in contributions]
-    return Table(f"What each pass contributed (drift: rel_l2 of {output})",
+    return Table(f"What each pass contributed (drift: rel_l2 of {output}, on {contributions[0]['samples']} feeds)",
                  ["after the pass", "MB", "drift", "added drift", "speed-up", "by this pass", "from", "to"], rows)
 
 

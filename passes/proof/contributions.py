@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from ..base import PassResult
 
 SECONDS = 2.0
 """How long the model after a pass is raced against the plan's input, and against the model before that pass."""
+DRIFT_SECONDS = 15.0
+"""About how long the drift after a pass is measured. Where all feeds would take longer (a decoder gives a number for each word of
+its vocabulary at each token), the same few are taken after every pass."""
 
 
 class Contributions:
@@ -44,8 +48,8 @@ class Contributions:
             session: ``provider``, ``threads``, ``use_tf32``, ``allow_cpu``.
 
         Returns:
-            Each row: ``name`` of the pass, ``exact``; ``bytes`` of the model after it; ``drift``, output → ``rel_l2`` and
-            ``cosine_mean`` of the model after it against the plan's input; ``added``, output → how much more ``rel_l2`` that
+            Each row: ``name`` of the pass, ``exact``; ``bytes`` of the model after it; ``samples``, how many feeds it was
+            measured on; ``drift``, output → ``rel_l2`` and ``cosine_mean`` of the model after it against the plan's input; ``added``, output → how much more ``rel_l2`` that
             is than after the pass before; ``speed``, with its interval, against the plan's input; and ``gained``, the same
             against the model before this pass.
 
@@ -55,6 +59,8 @@ class Contributions:
         rows: list[dict[str, Any]] = []
         before: dict[str, float] = {}
         previous: Path | Model = source
+        if self._states:
+            feeds = _affordable(source, self._states[0][1], feeds, session)
         for number, state in self._states:
             name = results[number].name
             progress(f"what {name} contributed")
@@ -62,13 +68,22 @@ class Contributions:
             drift = {output: {key: found[key] for key in ("rel_l2", "cosine_mean")} for output, found in outputs.items()}
             speed = _speed(source, state, feeds, session)
             rows.append({
-                "name": name, "exact": results[number].exact, "bytes": Variant(state).bytes, "drift": drift,
+                "name": name, "exact": results[number].exact, "bytes": Variant(state).bytes,
+                "samples": len(feeds), "drift": drift,
                 "added": {output: found["rel_l2"] - before.get(output, 0.0) for output, found in drift.items()
                           if found["rel_l2"] is not None},
                 "speed": speed, "gained": speed if previous is source else _speed(previous, state, feeds, session)})
             before = {output: found["rel_l2"] or 0.0 for output, found in drift.items()}
             previous = state
         return rows
+
+
+def _affordable(source: Path, state: Model, feeds: Feeds, session: dict[str, Any]) -> Feeds:
+    """As many of ``feeds``, from beginning to end, as can be compared in ``DRIFT_SECONDS``, but one at least."""
+    start = time.perf_counter()
+    compare(source, state, feeds[:1], **session)
+    count = min(len(feeds), max(1, int(DRIFT_SECONDS / (time.perf_counter() - start))))
+    return feeds[::len(feeds) // count][:count]
 
 
 def _speed(reference: Path | Model, state: Model, feeds: Feeds, session: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
 
 
 def beside_blocks(gone: int) -> dict[str, tuple[str, list[str]]]:
-    """As many attention sublayers, or layers, as blocks are dropped, and the biases: other parameters go than matrices of FFNs."""
+    """As many attention sublayers, or layers, as blocks are dropped, and the biases: what goes are no matrices of FFNs."""
     return {
         "attention dropped": ("beside", [f"remove-attention:keep=nothing,count={gone}"]),
         "attention dropped, its mean kept": ("beside", [f"remove-attention:count={gone}"]),

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from ..graph.block import FFNBlock
 from ..graph.linear import Linear
 from ..graph.model import Model
+from ..graph.types import numpy_type
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.evidence import Streams, Target
 from .fitting.linear_tasks import Linearwise, Task, put_matrices, why_not_apart
 from .fitting.low_rank import Spectrum, spectrum
 from .fitting.measure import unmeasurable
+from .fitting.shrunk import Factor, shrink
 from .fitting.spread import Curve, allocate, damage
 
 Array = npt.NDArray[Any]
@@ -34,6 +38,11 @@ class FactorizeFFN(BlockPass):
     the whitened matrix, see :mod:`low_rank`); with ``whiten=false`` it is the one nearest to W itself, and needs no feeds. Where
     there is a bias, it takes the mean of what is lost.
 
+    With ``shrink=true`` r of the rows of U are made an identity, which is neither stored nor multiplied, wherever that stays well
+    conditioned (see :mod:`shrunk`):
+
+        (x U) V  =  (x_S + x_T U') V'        U' [d_in − r, r], V' [r, d_out]
+
     r is such that the part ``ratio`` of the numbers stays, or ``rank``, or the smallest that holds the part ``energy`` of the
     squared singular values. ``spread=sensitivity`` gives the matrices different ranks under the same number of parameters, more
     to those whose errors reach the outputs (see :mod:`spread`).
@@ -45,7 +54,8 @@ class FactorizeFFN(BlockPass):
     Does not fire on packed experts, integer weights, an activation fused into a projection, weights that the caller may
     override or that something else reads, or, with ``whiten=true``, on blocks inside subgraphs.
 
-    Source: SVD-LLM, arXiv 2403.07378; reduced-rank regression, Izenman 1975.
+    Source: SVD-LLM, arXiv 2403.07378; reduced-rank regression, Izenman 1975; MatShrink (doc/matShrink.pdf of
+    github.com/OpenMachine-ai/transformer-tricks).
     """
 
     name: ClassVar[str] = "factorize-ffn"
@@ -58,6 +68,7 @@ class FactorizeFFN(BlockPass):
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Target = field(default="stream", metadata={"help": "what the down projection is fitted to"})
     spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how ranks differ over matrices"})
+    shrink: bool = field(default=False, metadata={"help": "leave out r² numbers that can be an identity"})
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -80,7 +91,7 @@ class FactorizeFFN(BlockPass):
         """What cannot be replaced, or would not get smaller."""
         refusal = why_not_apart(block)
         linears = block.linears()
-        if refusal is None and self.energy is None and not any(_smaller(linear, self._rank(linear)) for linear in linears):
+        if refusal is None and self.energy is None and not any(self._gains(linear, self._rank(linear)) for linear in linears):
             ranks = "+".join(str(self._rank(linear)) for linear in linears)
             return Refused(f"at rank {ranks} nothing would get smaller", block.output.name)
         return refusal
@@ -95,11 +106,10 @@ class FactorizeFFN(BlockPass):
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put the thin matrices in place."""
-        def compress(task: Task) -> tuple[Array, Array] | None:
+        def compress(task: Task) -> tuple[Factor, Array] | None:
             found = spectrum(task.wanted, task.gram)
-            rank = self._rank(task.linear) if self.energy is None else found.rank_for(self.energy)
-            rank = context.widths.get(task.linear.output.name, rank)
-            return found.factors(rank) if _smaller(task.linear, rank) else None
+            width = context.widths.get(task.linear.output.name)
+            return (self._shrunk(task.linear, found, width) if self.shrink else None) or self._thin(task.linear, found, width)
 
         refusal = self._linearwise(model, context).replace(block, compress)
         return refusal or Rewritten(gone="factorized")
@@ -108,10 +118,28 @@ class FactorizeFFN(BlockPass):
         there, _ = context.ledger.select(self.blocks)
         return Linearwise(model, context, self, list(there.values()), self.whiten, self.weight, self.target)
 
-    def _rank(self, linear: Linear) -> int:
+    def _gains(self, linear: Linear, rank: int) -> bool:
+        return _smaller(linear, rank) or (self.shrink and rank < min(linear.d_in, linear.d_out))
+
+    def _thin(self, linear: Linear, found: Spectrum, width: int | None) -> tuple[Array, Array] | None:
+        """U and V, where they are smaller than W."""
+        rank = width or (self._rank(linear) if self.energy is None else found.rank_for(self.energy))
+        return found.factors(rank) if _smaller(linear, rank) else None
+
+    def _shrunk(self, linear: Linear, found: Spectrum, width: int | None) -> tuple[Factor, Array] | None:
+        """U' and V', where they are smaller than W and well conditioned. At the same ``ratio`` r is larger than without."""
+        rank = width or (self._rank(linear, shrunk=True) if self.energy is None else found.rank_for(self.energy))
+        if linear.axis != -1 or rank >= min(linear.d_in, linear.d_out):
+            return None
+        return shrink(*found.factors(rank), float(ml_dtypes.finfo(numpy_type(linear.onnx_type)).eps))
+
+    def _rank(self, linear: Linear, shrunk: bool = False) -> int:
         """Of ``linear``, where all keep the same part."""
         if self.rank is not None:
             return min(self.rank, linear.d_in, linear.d_out)
+        if shrunk:  # r (d_in + d_out) − r² = ratio · d_in · d_out
+            half = (linear.d_in + linear.d_out) / 2
+            return max(1, int(half - math.sqrt(half ** 2 - self.ratio * linear.d_in * linear.d_out)))
         return max(1, int(self.ratio * linear.d_in * linear.d_out / (linear.d_in + linear.d_out)))
 
     def _spread(self, model: Model, context: Context) -> dict[str, int]:

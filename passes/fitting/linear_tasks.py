@@ -30,6 +30,7 @@ from ..exact.cost import released_bytes
 from .evidence import Evidence, Target
 from .measure import unmeasurable
 from .neuron_fit import Features, choose_ridge
+from .shrunk import Factor, Stored, multiply, product, store
 
 Array = npt.NDArray[Any]
 _UNREACHED = "no token of the feeds reached it"
@@ -60,7 +61,7 @@ class Task:
         return np.asarray(self.bias + self.mean @ (self.wanted - matrix))
 
 
-Compress = Callable[[Task], "Sequence[Array] | None"]  # matrices whose product is Ŵ, or None to leave the linear alone
+Compress = Callable[[Task], "Sequence[Factor] | None"]  # whose product is Ŵ, or None to leave the linear alone
 
 
 def why_not_apart(block: FFNBlock) -> Refused | None:
@@ -171,7 +172,7 @@ class Linearwise:
         matrices = compress(task)
         if matrices is None:
             return False
-        made_of = put_matrices(self.model, block, linear, matrices, task.bias_of(_product(matrices)))
+        made_of = put_matrices(self.model, block, linear, matrices, task.bias_of(product(matrices)))
         if key is not None and made_of:
             made[key] = (made_of, linear.source)  # the source, too: its identity is part of the key
         return True
@@ -234,38 +235,32 @@ def change_hidden(model: Model, block: FFNBlock, value: gs.Tensor, matrix: Array
         context.streams.rewritten(hidden.name)
 
 
-def put_matrices(model: Model, block: FFNBlock, linear: Linear, matrices: Sequence[Array],
-                 bias: Array | None) -> list[gs.Constant]:
-    """``((x M₁) M₂ …) + b`` in the place of ``linear``; the constants of the matrices (none where they are convolutions)."""
+def put_matrices(model: Model, block: FFNBlock, linear: Linear, matrices: Sequence[Factor],
+                 bias: Array | None) -> list[Stored]:
+    """``((x M₁) M₂ …) + b`` in the place of ``linear``; what they are stored in (nothing where they are convolutions)."""
     build = Builder(model, block.graph, block.name, linear.onnx_type)
     if linear.axis == -1:
-        constants = [build.constant(matrix, f"{_hint(linear)}_weight") for matrix in matrices]
-        _put(model, block, linear, constants, bias)
-        return constants
+        stored = [store(build, matrix, _hint(linear)) for matrix in matrices]
+        _put(model, block, linear, stored, bias)
+        return stored
     value = linear.input
     for number, matrix in enumerate(matrices):
         last = number == len(matrices) - 1
-        value = build.linear(value, matrix, bias if last else None, axis=linear.axis, hint=_hint(linear))
+        dense = product([matrix])
+        value = build.linear(value, dense, bias if last else None, axis=linear.axis, hint=_hint(linear))
     _take(block, linear, value)
     return []
-
-
-def _product(matrices: Sequence[Array]) -> Array:
-    product = matrices[0]
-    for matrix in matrices[1:]:
-        product = product @ matrix
-    return product
 
 
 def _hint(linear: Linear) -> str:
     return linear.node.name.rsplit("/", 1)[-1] or linear.kind
 
 
-def _put(model: Model, block: FFNBlock, linear: Linear, constants: Sequence[gs.Constant], bias: Array | None) -> None:
+def _put(model: Model, block: FFNBlock, linear: Linear, factors: Sequence[Stored], bias: Array | None) -> None:
     build = Builder(model, block.graph, block.name, linear.onnx_type)
     value, hint = linear.input, _hint(linear)
-    for constant in constants:
-        value = build.op("MatMul", value, constant, hint=hint)
+    for stored in factors:
+        value = multiply(build, value, stored, hint)
     if bias is not None:
         value = build.op("Add", value, build.constant(bias, f"{hint}_bias"), hint=f"{hint}_add")
     _take(block, linear, value)

@@ -49,9 +49,9 @@ class Contributions:
 
         Returns:
             Each row: ``name`` of the pass, ``exact``; ``bytes`` of the model after it; ``samples``, how many feeds it was
-            measured on; ``drift``, output → ``rel_l2`` and ``cosine_mean`` of the model after it against the plan's input; ``added``, output → how much more ``rel_l2`` that
-            is than after the pass before; ``speed``, with its interval, against the plan's input; and ``gained``, the same
-            against the model before this pass.
+            measured on; ``drift``, output → ``rel_l2`` and ``cosine_mean`` of the model after it against the plan's input;
+            ``added``, output → how much more ``rel_l2`` that is than after the pass before; ``speed``, with its interval,
+            against the plan's input; and ``gained``, the same against the model before this pass.
 
         Raises:
             InputError: ONNX Runtime refuses one of the models.

@@ -8,6 +8,7 @@ from ffn_graphs import Sketch, drift, ops, run, transformer
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
 from ffnfold.passes.fitting.neuron_fit import Features
+from ffnfold.passes.fitting.shrunk import product, shrink
 from rewriting import Branch, feeds_of, in_branch, rewrite
 
 D, FF = 16, 48
@@ -113,7 +114,7 @@ def test_ranks_follow_what_reaches_the_output(tmp_path):
     assert errors["sensitivity"] < 0.8 * errors["uniform"]
 
 
-@pytest.mark.parametrize("options", ["whiten=false", "whiten=true"])
+@pytest.mark.parametrize("options", ["whiten=false", "whiten=true", "whiten=true,shrink=true"])
 def test_weights_that_blocks_share_stay_one(tmp_path, options):
     s = Sketch()
     stream = s.input("x", ["batch", "tokens", D])
@@ -207,3 +208,43 @@ def test_moments_that_rounding_left_indefinite_are_solved_with_more_ridge():
     found = features.solve(np.arange(20), 1e-5)
     assert np.abs(found.sum(axis=0) - 1).max() < 0.1  # all features are one, and the target is it
     assert np.abs(found - prior).max() < 1
+
+
+@pytest.mark.parametrize("kind", [{"activation": "gelu"}, {"activation": "silu", "gated": True, "bias": False}])
+def test_shrunk_matrices_give_the_same_with_an_identity_less(tmp_path, kind):
+    s = transformer(1, D, FF, pre_norm=False, **kind)
+    plain, _ = rewrite(s, tmp_path, "factorize-ffn:rank=6,whiten=false")
+    shrunk, [result] = rewrite(s, tmp_path, "factorize-ffn:rank=6,whiten=false,shrink=true")
+    matrices = 3 if kind.get("gated") else 2
+    assert result.fired == 1
+    assert numbers(plain) - numbers(shrunk) == matrices * 6 * 6
+    assert drift(run(plain, X), run(shrunk, X)) < 1e-4
+
+
+def test_shrunk_matrices_get_a_larger_rank_at_the_same_ratio(tmp_path):
+    s = transformer(1, D, FF, pre_norm=False, activation="gelu")
+    whole = numbers(rewrite(s, tmp_path, "clean-up")[0])
+    plain, _ = rewrite(s, tmp_path, "factorize-ffn:ratio=0.6,whiten=false")
+    shrunk, _ = rewrite(s, tmp_path, "factorize-ffn:ratio=0.6,whiten=false,shrink=true")
+    gone = 2 * D * FF - 0.6 * 2 * D * FF
+    for model in (plain, shrunk):
+        assert whole - numbers(model) >= gone
+    before = run(s.model(), X)
+    assert drift(before, run(shrunk, X)) < drift(before, run(plain, X))
+
+
+def test_rows_that_will_not_do_are_found_elsewhere_or_nowhere():
+    random = np.random.default_rng(4)
+    first, second = random.normal(size=(12, 4)), random.normal(size=(4, 9))
+    first[0] = first[1]  # the first four rows are singular
+    found = shrink(first, second, 1e-7)
+    assert found is not None
+    assert not {0, 1} <= set(found[0].taken.tolist())
+    np.testing.assert_allclose(product(found), first @ second, atol=1e-12)
+    assert shrink(first, second, 0.5) is None
+
+
+def test_a_convolution_is_not_shrunk(tmp_path):
+    model, [result] = rewrite(of_low_rank(4, kind="Conv"), tmp_path, "factorize-ffn:rank=4,whiten=false,shrink=true")
+    assert result.fired == 1
+    assert ops(model).count("Conv") == 4

@@ -66,6 +66,7 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
         found["partial linear, no skip"] = ("ours", [f"prune-skip:fit=slim,keep={neurons / first.d_ff}"])
         found["partial linear, widths spread"] = ("ours", [f"slim-ffn:keep={neurons},spread=sensitivity"])
     found["thin matrices"] = ("ours", [f"factorize-ffn:ratio={left}"])
+    found["thin matrices, shrunk"] = ("ours", [f"factorize-ffn:ratio={left},shrink=true"])
     found["thin matrices, ranks spread"] = ("ours", [f"factorize-ffn:ratio={left},spread=sensitivity"])
     found["SVD-LLM"] = ("baseline", [f"factorize-ffn:ratio={left},target=own,weight=none"])
     found["zeros"] = ("ours", [f"sparsify-ffn:ratio={1 - left}"])

@@ -21,7 +21,7 @@ from .fitting.evidence import Streams, Target
 from .fitting.linear_tasks import Linearwise, Task, put_matrices, why_not_apart
 from .fitting.low_rank import Spectrum, spectrum
 from .fitting.measure import unmeasurable
-from .fitting.shrunk import Factor, shrink
+from .fitting.shrunk import OPSET, Factor, shrink
 from .fitting.spread import Curve, allocate, damage
 
 Array = npt.NDArray[Any]
@@ -109,7 +109,8 @@ class FactorizeFFN(BlockPass):
         def compress(task: Task) -> tuple[Factor, Array] | None:
             found = spectrum(task.wanted, task.gram)
             width = context.widths.get(task.linear.output.name)
-            return (self._shrunk(task.linear, found, width) if self.shrink else None) or self._thin(task.linear, found, width)
+            shrinks = self.shrink and model.opset >= OPSET and task.linear.axis == -1
+            return (self._shrunk(task.linear, found, width) if shrinks else None) or self._thin(task.linear, found, width)
 
         refusal = self._linearwise(model, context).replace(block, compress)
         return refusal or Rewritten(gone="factorized")
@@ -129,7 +130,7 @@ class FactorizeFFN(BlockPass):
     def _shrunk(self, linear: Linear, found: Spectrum, width: int | None) -> tuple[Factor, Array] | None:
         """U' and V', where they are smaller than W and well conditioned. At the same ``ratio`` r is larger than without."""
         rank = width or (self._rank(linear, shrunk=True) if self.energy is None else found.rank_for(self.energy))
-        if linear.axis != -1 or rank >= min(linear.d_in, linear.d_out):
+        if rank >= min(linear.d_in, linear.d_out):
             return None
         return shrink(*found.factors(rank), float(ml_dtypes.finfo(numpy_type(linear.onnx_type)).eps))
 

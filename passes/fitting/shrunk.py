@@ -55,8 +55,8 @@ Stored = tuple[gs.Constant, ...]
 def shrink(first: Array, second: Array, epsilon: float) -> tuple[Shrunk, Array] | None:
     """U' and V' of U ``[d_in, r]`` and V ``[r, d_out]``, or None where no rows of U are well conditioned.
 
-    The first r rows are taken if they will do, for ONNX Runtime's CPU spends much more on a Gather of features than on a Split; else
-    those that pivoting finds. They will do up to a condition number of 1 / √ε: half of the digits that the type has are left then.
+    The first r rows are taken if they will do, for on a CPU a Gather of features costs much more than a Split; else those that
+    pivoting finds. They will do up to a condition number of 1 / √ε: half of the digits that the type has are left then.
 
     Args:
         epsilon: of the type that the weights are stored in.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..graph.errors import InputError, about
+from ..graph.ffn import find_ffn_blocks
 from ..graph.hashes import InputHash
 from ..graph.model import Model
 from ..graph.save import Staged
@@ -26,9 +28,12 @@ from .plan import Plan
 from .proof.contributions import Contributions
 from .proof.exact_part import ExactPart, moved
 from .proof.per_block import drift_per_block
-from .proof.verification import Verification, spread
+from .proof.verification import BLOCK_FEEDS, Verification, spread
 from .runner import run_plan
 from .split import Split, divide, load_split
+
+BLOCK_SECONDS = 60.0
+"""About how long all blocks together are compared for a report; where that takes longer, on fewer feeds, but one."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +198,11 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     feeds: Feeds = split.report
     report["feeds"] = feeds.kind
     progress("measuring the drift")
+    start = time.perf_counter()
     drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits,
                     use_tf32=job.use_tf32, allow_cpu=job.allow_cpu,
                     logits=[limit.output for limit in job.limits if limit.output is not None and limit.metric in LOGITS_METRICS])
+    each = (time.perf_counter() - start) / len(feeds)
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
     report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]
     progress("comparing before and after the exact passes")
@@ -208,14 +215,17 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     report["speed"] = timing["ratios"][-1]
     report["machine"] = timing["machine"]
     if job.detailed:
-        report["details"] = {"drift": _by_block(job, staged.temporary, feeds, drift, progress), "timing": timing}
+        report["details"] = {"drift": _by_block(job, staged.temporary, feeds, drift, each, progress), "timing": timing}
     return report
 
 
-def _by_block(job: Job, candidate: Path, feeds: Feeds, drift: Drift, progress: Callable[[str], None]) -> dict[str, Any]:
-    """``verify``'s object with its blocks."""
-    some = spread(feeds)
-    blocks = drift_per_block(Model.load(job.model), Model.load(candidate), some, provider=job.provider, threads=job.threads,
+def _by_block(job: Job, candidate: Path, feeds: Feeds, drift: Drift, seconds: float,
+              progress: Callable[[str], None]) -> dict[str, Any]:
+    """``verify``'s object with its blocks; ``seconds``: what comparing the outputs took for each feed."""
+    reference = Model.load(job.model)
+    each = seconds * max(1, len(find_ffn_blocks(reference)))
+    some = spread(feeds, max(1, min(BLOCK_FEEDS, int(BLOCK_SECONDS / each))))
+    blocks = drift_per_block(reference, Model.load(candidate), some, provider=job.provider, threads=job.threads,
                              use_tf32=job.use_tf32, progress=lambda done, total: progress(f"block {done} of {total}"))
     return Verification(drift, blocks, len(some)).to_json()
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +16,21 @@ from .specs import Array
 Metrics = dict[str, float | None]
 _TILE = 1 << 20  # elements compared at once
 _MOST_DB = 200.0
+_MOST_THREADS = 8  # numpy computes without the lock of the interpreter; each has a few tiles of float64
+
+
+class _Sums(NamedTuple):
+    """What one tile adds."""
+
+    nonfinite: int
+    largest: float
+    sum: float
+    difference: float
+    power: float
+    distances: Array
+    kl: float
+    top1: int
+    top5: int
 
 
 class OutputMetrics:
@@ -41,10 +60,16 @@ class OutputMetrics:
         if not ours.size:
             return
         step = max(1, _TILE // ours.shape[1])
-        with np.errstate(all="ignore"):
-            for start in range(0, len(ours), step):
-                tile = slice(start, start + step)
-                self._add(ours[tile].astype(np.float64), theirs[tile].astype(np.float64))
+        tiles = [slice(start, start + step) for start in range(0, len(ours), step)]
+        sums = partial(_sums, ours, theirs, self.logits)
+        if len(tiles) == 1:
+            self._add(sums(tiles[0]))
+        else:
+            with ThreadPoolExecutor(min(_MOST_THREADS, len(tiles), os.cpu_count() or 1)) as pool:
+                for each in pool.map(sums, tiles):  # in their order, so that the sums do not depend on the threads
+                    self._add(each)
+        self._count += ours.size
+        self._rows += len(ours)
 
     def result(self) -> Metrics:
         """The metrics of what was added. Of nothing: no drift."""
@@ -61,34 +86,16 @@ class OutputMetrics:
             found.update(kl_mean=self._kl / rows, top1=(self._top1 + nothing) / rows, top5=(self._top5 + nothing) / rows)
         return found
 
-    def _add(self, ours: Array, theirs: Array) -> None:
-        self._nonfinite += int((~np.isfinite(theirs) & np.isfinite(ours)).sum())
-        if self.logits:
-            self._add_logits(ours, theirs)
-        odd = ~np.isfinite(ours)
-        if odd.any():
-            alike = odd & ((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))
-            ours, theirs = np.where(alike, 0.0, ours), np.where(alike, 0.0, theirs)
-        size = np.abs(theirs - ours)
-        self._max = float(np.maximum(self._max, size.max()))  # keeps NaN
-        self._sum += float(size.sum())
-        self._difference += float(np.vdot(size, size))
-        self._power += float(np.vdot(ours, ours))
-        self._count += ours.size
-        self._rows += len(ours)
-        self._distances.append(_distances(ours, theirs, size))
-
-    def _add_logits(self, ours: Array, theirs: Array) -> None:
-        p, q = _log_softmax(ours), _log_softmax(theirs)
-        weight = np.exp(p)
-        divergence = np.where(weight > 0, weight * (p - q), np.where(np.isnan(weight), np.nan, 0.0)).sum(axis=1)
-        self._kl += float(np.where(divergence < 0, 0.0, divergence).sum())
-        best = ours.argmax(axis=1)
-        chosen = np.take_along_axis(theirs, best[:, None], axis=1)
-        ahead = (theirs > chosen) | ((theirs == chosen) & (np.arange(theirs.shape[1]) < best[:, None]))
-        rank = np.where(np.isnan(theirs).any(axis=1), theirs.shape[1] + 5, ahead.sum(axis=1))
-        self._top1 += int((rank < 1).sum())
-        self._top5 += int((rank < 5).sum())
+    def _add(self, tile: _Sums) -> None:
+        self._nonfinite += tile.nonfinite
+        self._max = float(np.maximum(self._max, tile.largest))  # keeps NaN
+        self._sum += tile.sum
+        self._difference += tile.difference
+        self._power += tile.power
+        self._kl += tile.kl
+        self._top1 += tile.top1
+        self._top5 += tile.top5
+        self._distances.append(tile.distances)
 
     def _relative(self) -> float:
         if self._power > 0 or math.isnan(self._power):
@@ -102,6 +109,36 @@ class OutputMetrics:
         if relative <= 0:
             return _MOST_DB
         return max(-_MOST_DB, min(_MOST_DB, -20 * math.log10(relative)))
+
+
+def _sums(reference: Array, candidate: Array, logits: bool, tile: slice) -> _Sums:
+    ours, theirs = reference[tile].astype(np.float64), candidate[tile].astype(np.float64)
+    with np.errstate(all="ignore"):
+        nonfinite = int((~np.isfinite(theirs) & np.isfinite(ours)).sum())
+        found = _of_logits(ours, theirs) if logits else (0.0, 0, 0)
+        odd = ~np.isfinite(ours)
+        if odd.any():
+            alike = odd & ((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))
+            ours, theirs = np.where(alike, 0.0, ours), np.where(alike, 0.0, theirs)
+        size = np.subtract(theirs, ours)
+        np.abs(size, out=size)
+        return _Sums(nonfinite, float(size.max()), float(size.sum()), float(np.vdot(size, size)), float(np.vdot(ours, ours)),
+                     _distances(ours, theirs, size), *found)
+
+
+def _of_logits(ours: Array, theirs: Array) -> tuple[float, int, int]:
+    """The sum of KL over rows, and in how many rows the reference's best class is the first, or among the first five."""
+    p, q = _log_softmax(ours), _log_softmax(theirs)
+    weight = np.exp(p)
+    np.subtract(p, q, out=q)
+    np.multiply(weight, q, out=q)
+    divergence = np.where(weight > 0, q, np.where(np.isnan(weight), np.nan, 0.0)).sum(axis=1)
+    best = ours.argmax(axis=1)
+    chosen = np.take_along_axis(theirs, best[:, None], axis=1)
+    rank = (theirs > chosen).sum(axis=1)
+    rank += [int((row[:place] == value).sum()) for row, place, value in zip(theirs, best, chosen[:, 0], strict=True)]
+    rank = np.where(np.isnan(theirs).any(axis=1), theirs.shape[1] + 5, rank)
+    return float(np.where(divergence < 0, 0.0, divergence).sum()), int((rank < 1).sum()), int((rank < 5).sum())
 
 
 def _distances(ours: Array, theirs: Array, size: Array) -> Array:

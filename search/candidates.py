@@ -21,9 +21,12 @@ _EIGHTHS = (1, 2, 3, 4, 5, 6)
 _FEW_EIGHTHS = (2, 4)
 _RATIOS = (0.25, 0.5)
 _FORMS: dict[str, dict[str, object]] = {
-    "int8": {"form": "dynamic", "smooth": "feeds"}, "int8-plain": {"form": "dynamic", "row_scale": "false"},
+    "int8": {"form": "dynamic", "smooth": "feeds"}, "int8-plain": {"form": "dynamic", "smooth": "feeds", "row_scale": "false"},
     "8-bit": {"form": "nbits"},
     "4-bit": {"bits": 4}, "stored-8-bit": {"form": "weight-only"}}
+_COMPENSATED = {"int8": "int8-gptq", "int8-plain": "int8-plain-gptq", "4-bit": "4-bit-gptq"}
+_FORMS |= {better: {**_FORMS[form], "gptq": True} for form, better in _COMPENSATED.items()}
+_WIDEST = 4096  # inputs of a linear for which GPTQ's inverse of their Gram matrix takes seconds
 _OF_TARGET = {"cpu": ("int8", "int8-plain", "8-bit", "4-bit"), "cuda": ("8-bit", "4-bit", "stored-8-bit")}
 _PAIRED = {"cpu": ("int8",), "cuda": ("8-bit",)}
 
@@ -68,9 +71,19 @@ Choice = Mapping[int, Candidate]
 """Unit → what becomes of it; units that are kept may be left out."""
 
 
+def compensated(block: FFNBlock, few: bool = False) -> bool:
+    """Whether the search has the time to undo errors of rounding, of this block's linears and of others as wide."""
+    return not few and max(block.d_model, block.d_ff) <= _WIDEST
+
+
+def _best(forms: tuple[str, ...], better: bool) -> tuple[str, ...]:
+    return tuple(_COMPENSATED.get(form, form) if better else form for form in forms)
+
+
 def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list[Candidate]:
     """What may become of ``block``, to keep it first. ``few``: two widths only, for a short search."""
-    forms, paired = _OF_TARGET[target], _PAIRED[target]
+    better = target == "cpu" and compensated(block, few)
+    forms, paired = _best(_OF_TARGET[target], better), _best(_PAIRED[target], better)
     multiple = min(64, 1 << max(0, (block.d_ff // 8).bit_length() - 1))
     widths = {math.ceil(block.d_ff * part / 8 / multiple) * multiple for part in (_FEW_EIGHTHS if few else _EIGHTHS)}
     matrices = len(block.linears())
@@ -82,10 +95,11 @@ def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list
     return [*found, Candidate(removed=True)]
 
 
-def other_candidates(target: str, head: bool = False) -> list[Candidate]:
-    """What may become of the linears outside the blocks. ``head``: there is one that gives logits."""
+def other_candidates(target: str, head: bool = False, better: bool = False) -> list[Candidate]:
+    """What may become of the linears outside the blocks. ``head``: there is one that gives logits. ``better``: see above."""
     kinds = [False, True] if head else [False]
-    return [KEEP, *(Candidate(form=form, head=too) for too in kinds for form in _OF_TARGET[target])]
+    forms = _best(_OF_TARGET[target], better and target == "cpu")
+    return [KEEP, *(Candidate(form=form, head=too) for too in kinds for form in forms)]
 
 
 def exact_passes() -> list[Pass]:
@@ -93,10 +107,13 @@ def exact_passes() -> list[Pass]:
     return list(Plan.parse(text for text in EXACT_PLAN if text != "fold-norm"))
 
 
-def quantizing(form: str, target: str, blocks: Blocks, others: Candidate | None = None) -> QuantizeFFN:
-    """The pass that writes ``form``; ``others``: what the linears outside the blocks become with them, if so."""
+def quantizing(form: str, target: str, blocks: Blocks, others: Candidate | None = None, *, timed: bool = False) -> QuantizeFFN:
+    """The pass that writes ``form``; ``others``: what the linears outside the blocks become with them, if so.
+
+    ``timed``: only how long the result takes matters, not its numbers.
+    """
     also = {} if others is None else {"also": "everything" if others.head else "attention"}
-    options = {**_FORMS[form], **({"target": target} if target != "cpu" else {}), **also}
+    options = {**_FORMS[form], **({"gptq": False} if timed else {}), **({"target": target} if target != "cpu" else {}), **also}
     return QuantizeFFN(blocks, **options)  # type: ignore[arg-type]
 
 

@@ -25,7 +25,7 @@ from ..passes.remove_ffn import RemoveFFN
 from ..passes.runner import run_plan
 from ..passes.slim_ffn import SlimFFN
 from ..runtime import Feeds
-from .candidates import OTHERS, Candidate, block_candidates, exact_passes, other_candidates, quantizing
+from .candidates import OTHERS, Candidate, block_candidates, compensated, exact_passes, other_candidates, quantizing
 
 _ENOUGH_FOR_A_MEAN = 8  # feeds; also for the largest numbers of channels
 
@@ -62,7 +62,8 @@ class Workshop:
             found[index] = [each for each in block_candidates(block, self.target, few=few)
                             if not (each.fitted or each.removed) or able]
         counts = [len(other_groups(self.base, self.blocks.values(), heads)[0]) for heads in (False, True)]
-        return {**found, OTHERS: other_candidates(self.target, counts[1] > counts[0])}
+        better = bool(self.blocks) and all(compensated(block, few) for block in self.blocks.values())
+        return {**found, OTHERS: other_candidates(self.target, counts[1] > counts[0], better)}
 
     def evidence(self, units: Sequence[int]) -> Iterator[tuple[int, Evidence]]:
         """Moments for the fits of blocks, one after the other, all on the model as it is."""
@@ -124,7 +125,8 @@ class Workshop:
             if OTHERS not in units and not indices:
                 continue  # a block of one affine map is among the other linears
             others = changes[OTHERS] if OTHERS in units else None
-            if not quantizing(form, self.target, Blocks(indices), others).run(trial, self._context(trial, few=True)).fired:
+            rounding = quantizing(form, self.target, Blocks(indices), others, timed=timed)
+            if not rounding.run(trial, self._context(trial, few=True)).fired:
                 return None
         return trial
 

@@ -88,7 +88,7 @@ def verify_files(check: Check, progress: Callable[[str], None] = lambda message:
     return Verification(drift, blocks, len(some), overflow)
 
 
-def spread(feeds: Feeds) -> Feeds:
-    """At most ``BLOCK_FEEDS`` of ``feeds``, from beginning to end."""
-    count = min(BLOCK_FEEDS, len(feeds))
+def spread(feeds: Feeds, most: int = BLOCK_FEEDS) -> Feeds:
+    """At most ``most`` of ``feeds``, from beginning to end."""
+    count = min(most, len(feeds))
     return feeds[::max(1, len(feeds) // count)][:count] if count else feeds

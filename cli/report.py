@@ -114,7 +114,7 @@ def markdown(report: dict[str, Any], plan: Plan) -> str:
         lines += ["", "## What each pass contributed", "",
                   "| after the pass | size | largest rel_l2 of an output | added | speed-up | by this pass |",
                   "| --- | --- | --- | --- | --- | --- |", *(_contribution(each) for each in report["contributions"]),
-                  "", f"Measured on {report['contributions'][0]['samples']} feeds."]
+                  "", f"Feeds it was measured on: {report['contributions'][0]['samples']}."]
     if refusals(report):
         lines += ["", "## Left alone", ""]
         lines += [f"* {name}: {reason} ({count})" for name, reason, count in refusals(report)]

@@ -7,9 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from ffn_graphs import transformer
 from ffnfold.graph.errors import InputError
+from ffnfold.graph.ffn import find_ffn_blocks
+from ffnfold.graph.model import Model
 from ffnfold.runtime.limits import METRICS
-from ffnfold.search.candidates import KEEP, OTHERS, Candidate, plan_of
+from ffnfold.search.candidates import KEEP, OTHERS, Candidate, block_candidates, plan_of
 from ffnfold.search.choice import Bound, choose
 from ffnfold.search.front import Expected, Point, front_of
 from ffnfold.search.goal import Row, damage, parse_goal, rows_of
@@ -156,3 +159,12 @@ def test_the_front_is_what_no_other_plan_beats():
 
     slow, beaten, fast, small = point(1.0, 1.0, 9), point(0.9, 0.8, 9), point(0.95, 0.7, 9), point(0.9, 0.9, 5)
     assert front_of([beaten, fast, slow, small], rows) == [slow, small, fast]
+
+
+@pytest.mark.parametrize(("d_ff", "few", "gptq"), [(256, False, True), (256, True, False), (8192, False, False)])
+def test_errors_of_rounding_are_undone_where_there_is_time(tmp_path, d_ff, few, gptq):
+    s = transformer(1, 64, d_ff, activation="gelu")
+    [block] = find_ffn_blocks(Model.load(s.save(tmp_path / "model.onnx")))
+    forms = {each.form for each in block_candidates(block, "cpu", few=few)}
+    assert ("int8-gptq" in forms, "int8" in forms) == (gptq, not gptq)
+    assert not any("gptq" in each.form for each in block_candidates(block, "cuda"))

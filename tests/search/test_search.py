@@ -136,7 +136,7 @@ def test_what_would_be_measured_is_said_and_nothing_written(model, feeds, tmp_pa
     found = search_file(job, dry_run=True)
     assert found["ffn_blocks"] == 3
     assert found["block_shapes"] == 1
-    assert found["candidates"]["0"][:2] == ["keep", "int8"]
+    assert found["candidates"]["0"][:2] == ["keep", "int8-gptq"]
     measured = [each for several in found["candidates"].values() for each in several if each != "keep" and "+" not in each]
     assert found["measurements"]["drift"] == len(measured)
     assert found["minutes"]["alone"] > 0
@@ -215,5 +215,5 @@ def test_a_block_that_cannot_be_cut_out_is_timed_in_the_whole_model(tmp_path, mo
     report = search_file(job)
     assert report["ok"]
     keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
-    assert any(key.startswith("('whole'") and "'int8'" in key for key in keys)
+    assert any(key.startswith("('whole'") and "'int8-gptq'" in key for key in keys)
     assert not any("slim" in key for key in keys if key.startswith("('alone'"))

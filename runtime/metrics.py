@@ -120,8 +120,7 @@ def _sums(reference: Array, candidate: Array, logits: bool, tile: slice) -> _Sum
         if odd.any():
             alike = odd & ((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))
             ours, theirs = np.where(alike, 0.0, ours), np.where(alike, 0.0, theirs)
-        size = np.subtract(theirs, ours)
-        np.abs(size, out=size)
+        size = np.abs(theirs - ours)
         return _Sums(nonfinite, float(size.max()), float(size.sum()), float(np.vdot(size, size)), float(np.vdot(ours, ours)),
                      _distances(ours, theirs, size), *found)
 

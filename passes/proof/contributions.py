@@ -10,6 +10,7 @@ from typing import Any
 from ...graph.model import Model
 from ...runtime import Feeds, Variant, compare, race
 from ..base import PassResult
+from .verification import spread
 
 SECONDS = 2.0
 """How long the model after a pass is raced against the plan's input, and against the model before that pass."""
@@ -82,8 +83,7 @@ def _affordable(source: Path, state: Model, feeds: Feeds, session: dict[str, Any
     """As many of ``feeds``, from beginning to end, as can be compared in ``DRIFT_SECONDS``, but one at least."""
     start = time.perf_counter()
     compare(source, state, feeds[:1], **session)
-    count = min(len(feeds), max(1, int(DRIFT_SECONDS / (time.perf_counter() - start))))
-    return feeds[::len(feeds) // count][:count]
+    return spread(feeds, max(1, int(DRIFT_SECONDS / (time.perf_counter() - start))))
 
 
 def _speed(reference: Path | Model, state: Model, feeds: Feeds, session: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ Makes a decoder of 6 GB with external data and one of 1.9 GB with its weights in
 7B model, random numbers) in DIR, which needs 20 GB, and removes them afterwards. The plan rewrites something in both:
 constants that are added twice, and two matrices in a row. Every run is a process of its own; ``cp`` and ``ffnfold`` take
 turns, each with the input in the page cache and nothing waiting to be written. ``cp`` leaves its output to be written to
-the disk some time; ``ffnfold`` waits for the disk, and so does "cp, synced".
+the disk some time; ``ffnfold`` waits for the disk, and so does "cp, synced". Beside them it prints how long SHA-256 of those
+files takes alone, which every rewritten model carries of its input. Python may keep its compiled modules, as it does where
+nobody forbids it.
 
 MODEL.onnx is Gemma 3 270M as ``ffnfold models get gemma3-270m`` makes it. PYTHON is an interpreter that has onnxslim and onnxsim;
 they run on the same file once.
@@ -17,6 +19,7 @@ Exit code 1 if a limit is missed: 500 MB and 3 times cp; 400 MB and 3 seconds on
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -105,9 +108,21 @@ def measure(name: str, model: Path, folder: Path, repeats: int) -> dict[str, Any
     return {"model": name, "bytes": sum(file.stat().st_size for file in files), "fired": fired,
             "seconds": middle(each["seconds"] for each in ours), "all_seconds": [each["seconds"] for each in ours],
             "peak_mb": max(each["peak_mb"] for each in ours), "cp_seconds": middle(copies), "cp_all_seconds": copies,
-            "cp_synced_seconds": middle(synced),
+            "cp_synced_seconds": middle(synced), "sha256_seconds": hashing(files),
             "times_cp": middle(mine["seconds"] / other for mine, other in zip(ours, copies, strict=True)),
             "times_cp_synced": middle(mine["seconds"] / other for mine, other in zip(ours, synced, strict=True))}
+
+
+def hashing(files: Sequence[Path]) -> float:
+    """Seconds that SHA-256 of ``files`` takes, with nothing beside it."""
+    before = time.perf_counter()
+    buffer = memoryview(bytearray(1 << 20))
+    for file in files:
+        hasher = hashlib.sha256()
+        with open(file, "rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                hasher.update(buffer[:count])
+    return time.perf_counter() - before
 
 
 def peer(name: str, python: Path, model: Path, folder: Path) -> dict[str, Any]:
@@ -132,13 +147,15 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['model']:14} {result['seconds']:6.2f} s, {result['peak_mb']:5.0f} MB, fired {result['fired']}; "
           f"cp {result['cp_seconds']:.2f} s: {result['times_cp']:.2f} times; "
           f"cp, synced {result['cp_synced_seconds']:.2f} s: {result['times_cp_synced']:.2f} times; "
+          f"SHA-256 {result['sha256_seconds']:.2f} s; "
           f"{'ok' if result['ok'] else 'MISSED'}", flush=True)
 
 
 def run(command: Sequence[str], check: bool = True) -> dict[str, Any]:
     """Wall seconds and peak memory of a process."""
     before = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)

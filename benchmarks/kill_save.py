@@ -48,6 +48,8 @@ def main() -> int:
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     counts: Counter[str] = Counter()
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         sources = {form: make(folder / form.replace(" ", ""), arguments.megabytes, form) for form in {form for _, form in CASES}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,9 @@ from .specs import Array, InputSpec
 
 Feed = dict[str, Any]
 """Input name → array; a list of arrays for a sequence; None for an optional without a value."""
+
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Feeds(Sequence[Feed]):
@@ -56,6 +60,11 @@ class Feeds(Sequence[Feed]):
         if isinstance(index, slice):
             return Feeds(self._load[index], synthetic=self.synthetic)
         return self._load[index]()
+
+    def mixed(self) -> Feeds:
+        """The same feeds in an order whose every beginning is spread over all of them: by the fraction of i · golden ratio."""
+        order = sorted(range(len(self._load)), key=lambda number: number * _GOLDEN % 1)
+        return Feeds([self._load[number] for number in order], synthetic=self.synthetic)
 
 
 def load_feeds(path: str | PathLike[str], inputs: Sequence[InputSpec]) -> Feeds:

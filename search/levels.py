@@ -16,9 +16,10 @@ from .job import SearchJob
 from .prediction import Damage, Time
 
 MARGIN = 0.95  # of a limit on the damage, on the feeds that choose: others report
-_AROUND = (0.5, 2.0, 0.25, 4.0, 0.125, 8.0, 16.0, 32.0)
+_AROUND = (0.5, 2.0, 0.25, 4.0, 0.1, 8.0, 0.04, 16.0, 32.0)
 _SPEEDS = (0.95, 1.1, 0.9, 1.2, 0.85, 1.35, 0.8, 1.5)
 _MOST = 6  # plans that are built for the goal; for another level half of them
+_GOAL_FIRST = 2  # plans for the goal before the others have their turns
 _NO_SLACK = 0.02  # by how much the limit on time or size is kept
 
 
@@ -49,6 +50,11 @@ def levels_of(job: SearchJob) -> list[Level]:
         return [Level(None, time, size, _MOST), *(Level(None, time / factor, size) for factor in _SPEEDS)]
     assert size is not None
     return [Level(None, None, size, _MOST), *(Level(None, None, size / factor) for factor in _SPEEDS)]
+
+
+def turn(number: int, tried: int, most: int) -> tuple[float, int]:
+    """When a level has its next turn, the smallest first: the goal three times, then all of them evenly."""
+    return (max(0, tried - _GOAL_FIRST) if number == 0 else tried) / most, number
 
 
 @dataclass

@@ -22,7 +22,7 @@ from .front import Expected, Point
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
 from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
-from .levels import Problem, levels_of
+from .levels import Problem, levels_of, turn
 from .outcome import add_front, write_beside, write_best
 from .prediction import Damage, Time
 from .records import Records, default_folder
@@ -179,7 +179,8 @@ class Search:
         tried = dict.fromkeys(range(len(levels)), 0)
         while True:  # what is known of plans costs nothing, and the laws are better for it
             fresh = None
-            for number, level in enumerate(levels):
+            for number in sorted(tried, key=lambda number: turn(number, tried[number], levels[number].most)):
+                level = levels[number]
                 if tried[number] >= level.most:
                     continue
                 choice = choose(self.candidates, *self.problem.program(level))

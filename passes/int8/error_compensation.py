@@ -8,6 +8,7 @@ the inverse of ``H = XᵀX + λI``, the error e of input i is spread over the in
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,24 +18,40 @@ _DAMPING = 0.01  # of the mean of the diagonal, added to it
 STRIDE = 128  # inputs whose errors are gathered before they reach the inputs behind them
 
 
-def compensated_codes(weight: Array, scales: Array, gram: Array, rounding: Rounding) -> tuple[Array, Array]:
-    """Codes of ``weight`` that make ``‖X (W − Ŵ)‖`` small rather than ``‖W − Ŵ‖``.
+@dataclass(frozen=True)
+class Spreading:
+    """How errors of rounding are spread, for all linears that read the same value.
 
-    Inputs with the largest mean square are rounded first where a column has one scale.
+    Attributes:
+        order: the inputs as they are rounded, ``[d_in]``.
+        squares: their ``Σ x²`` up to a factor, in the order of the weight.
+        factor: U for them, in the order of rounding, ``[d_in, d_in]``.
+    """
+
+    order: Array
+    squares: Array
+    factor: Array
+
+    @classmethod
+    def of(cls, gram: Array, rounding: Rounding) -> Spreading:
+        """From ``XᵀX`` up to a factor, ``[d_in, d_in]``. The largest inputs come first where a column has one scale."""
+        moments = gram.astype(np.float64)
+        squares = np.diag(moments).copy()
+        order = np.argsort(-squares, kind="stable") if rounding.block is None else np.arange(len(squares))
+        return cls(order, squares, inverse_factor(moments[np.ix_(order, order)], squares.mean()))
+
+
+def compensated_codes(weight: Array, scales: Array, spreading: Spreading, rounding: Rounding) -> tuple[Array, Array]:
+    """Codes of ``weight`` that make ``‖X (W − Ŵ)‖`` small rather than ``‖W − Ŵ‖``.
 
     Args:
         weight: ``[d_in, d_out]``.
         scales: ``[blocks, d_out]``; kept for columns, found again for each block from what the weights are by then.
-        gram: ``XᵀX``, ``[d_in, d_in]``, up to a factor.
 
     Returns:
         Codes int8 ``[d_in, d_out]`` and scales ``[blocks, d_out]``.
     """
-    d_in = len(weight)
-    moments = gram.astype(np.float64)
-    diagonal = np.diag(moments).copy()
-    order = np.argsort(-diagonal, kind="stable") if rounding.block is None else np.arange(d_in)
-    factor = inverse_factor(moments[np.ix_(order, order)], diagonal.mean())
+    order = spreading.order
     left = weight.astype(np.float64)[order]
     codes = np.zeros(weight.shape, np.int8)
     scales = scales.copy()
@@ -42,7 +59,7 @@ def compensated_codes(weight: Array, scales: Array, gram: Array, rounding: Round
     def rounding_of(start: int, part: Array) -> Callable[[int, Array], Array]:
         block = 0 if rounding.block is None else start // rounding.block
         if rounding.block is not None:
-            found = rounding.scales(part.astype(np.float32), diagonal[start:start + len(part)])
+            found = rounding.scales(part.astype(np.float32), spreading.squares[start:start + len(part)])
             if found is not None:
                 scales[block] = found[0]
 
@@ -53,7 +70,7 @@ def compensated_codes(weight: Array, scales: Array, gram: Array, rounding: Round
 
         return rounded
 
-    settle_rows(left, factor, STRIDE if rounding.block is None else rounding.block, rounding_of)
+    settle_rows(left, spreading.factor, STRIDE if rounding.block is None else rounding.block, rounding_of)
     return codes, scales
 
 
@@ -80,7 +97,10 @@ def settle_rows(left: Array, factor: Array, stride: int, begin: Callable[[int, A
 
 
 def inverse_factor(moments: Array, average: float) -> Array:
-    """Upper U with ``UᵀU = (H + λI)⁻¹``, λ raised until there is one. Inputs that are always 0 get ``H[i, i] = 1``."""
+    """Upper U with ``UᵀU = (H + λI)⁻¹``, λ raised until there is one. Inputs that are always 0 get ``H[i, i] = 1``.
+
+        P (H + λI) P = L Lᵀ, P the reversal of the order   →   U = P L⁻¹ P
+    """
     from scipy import linalg  # takes 0.3 s to import, which passes that fit nothing are spared
 
     dead = np.diag(moments) <= 0
@@ -88,10 +108,12 @@ def inverse_factor(moments: Array, average: float) -> Array:
     damping = _DAMPING * (average if average > 0 else 1.0)
     for _ in range(8):
         try:
-            lower = linalg.cholesky(moments + damping * np.eye(len(moments)), lower=True)
-            inverse = linalg.cho_solve((lower, True), np.eye(len(moments)))
-            factor: Array = linalg.cholesky(inverse, lower=False)
-            return factor
+            backwards = (moments + damping * np.eye(len(moments)))[::-1, ::-1]
+            lower = linalg.cholesky(backwards, lower=True, overwrite_a=True)
+            inverse, failed = linalg.lapack.dtrtri(lower, lower=1, overwrite_c=1)
+            if not failed:
+                return np.ascontiguousarray(inverse[::-1, ::-1])
         except np.linalg.LinAlgError:
-            damping *= 10
+            pass
+        damping *= 10
     return np.eye(len(moments))

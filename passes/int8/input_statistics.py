@@ -15,6 +15,7 @@ from .weight_codes import Array
 
 _AT_ONCE = 32  # values captured in one run
 _GRAMS = 512 << 20  # bytes of Gram matrices held at once
+_ENOUGH = 16  # rows for each feature; on MiniLM, ten times as many give 0.0001 of cosine more
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,14 @@ class _Sums:
         self.squares: Array = np.zeros(0)
         self.moments = Moments() if gram else None
 
+    @property
+    def full(self) -> bool:
+        """Whether more rows would hardly help."""
+        return self.rows >= _ENOUGH * len(self.largest) > 0
+
     def add(self, rows: Array) -> None:
+        if self.full:
+            return
         rows = rows[np.isfinite(rows).all(axis=1)]
         if not len(rows):
             return
@@ -70,13 +78,16 @@ def input_statistics(model: Model, values: Sequence[tuple[gs.Tensor, int]], feed
 
     Args:
         values: values of the main graph and their widths.
+        feeds: they are taken from all over the sequence until there are 16 rows for each feature.
         gram: Gram matrices too; the feeds are run through as often as it takes to hold no more than 512 MB of them.
     """
     for part in _parts(values, gram):
         sums = {tensor.name: _Sums(gram) for tensor, _ in part}
-        for captured in capture(model, feeds, list(sums), provider=context.provider, threads=context.threads):
+        for captured in capture(model, feeds.mixed(), list(sums), provider=context.provider, threads=context.threads):
             for name, rows in captured.items():
                 sums[name].add(rows)
+            if all(each.full for each in sums.values()):
+                break
         for tensor, _ in part:
             yield tensor, sums.pop(tensor.name).result()
 

@@ -14,7 +14,7 @@ from ...graph.builder import Builder
 from ...graph.edit import producer, remove_dead, take_over
 from ...graph.linear import Linear
 from ...graph.weights import ComputedValues, Values
-from .error_compensation import compensated_codes
+from .error_compensation import Spreading, compensated_codes
 from .input_statistics import InputStatistics
 from .weight_codes import Array, Rounding
 
@@ -82,13 +82,13 @@ class IntegerWeight:
 
 
 def integer_weight(linear: Linear, rounding: Rounding, made: MutableMapping[object, Any],
-                   statistics: InputStatistics | None = None, *, compensate: bool = False,
+                   statistics: InputStatistics | None = None, *, spreading: Spreading | None = None,
                    correct_bias: bool = False) -> IntegerWeight | None:
     """The weight of ``linear`` as integers, or None where a number in it is not finite.
 
     Args:
         statistics: of the linear's input; weights the inputs where the scale of least error is looked for.
-        compensate: move the error of each rounding into the inputs not rounded yet (GPTQ); needs the Gram matrix.
+        spreading: move the error of each rounding into the inputs not rounded yet (GPTQ), this way.
         correct_bias: take the mean of what the rounding adds out of the bias; needs the mean.
     """
     weight = linear.weight().astype(np.float32)
@@ -100,8 +100,8 @@ def integer_weight(linear: Linear, rounding: Rounding, made: MutableMapping[obje
     if linear.weight_key is not None and statistics is None:
         key = (linear.weight_key, rounding)
     chosen = scales
-    if compensate and statistics is not None and statistics.gram is not None:
-        held, chosen = compensated_codes(weight, scales, statistics.gram, rounding)
+    if spreading is not None:
+        held, chosen = compensated_codes(weight, scales, spreading, rounding)
 
         def codes() -> Array:
             return held

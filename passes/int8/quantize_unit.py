@@ -10,6 +10,7 @@ from ...graph.builder import Builder
 from ...graph.model import Model
 from ..base import Context, Refused
 from .dynamic_int8 import quantize_group
+from .error_compensation import Spreading
 from .input_statistics import InputStatistics, input_statistics
 from .integer_weight import IntegerWeight, integer_weight
 from .linear_groups import LinearGroup
@@ -136,9 +137,11 @@ def _quantize(model: Model, unit: Unit, recipe: Recipe, statistics: Mapping[int,
     weights: list[list[IntegerWeight]] = []
     for group in unit.groups:
         found = []
+        known = statistics.get(id(group.input))
+        gram = None if known is None or not recipe.compensate else known.gram
+        spreading = None if gram is None else Spreading.of(gram, recipe.rounding)
         for linear in group.linears:
-            weight = integer_weight(linear, recipe.rounding, made, statistics.get(id(group.input)),
-                                    compensate=recipe.compensate, correct_bias=recipe.correct_bias)
+            weight = integer_weight(linear, recipe.rounding, made, known, spreading=spreading, correct_bias=recipe.correct_bias)
             if weight is None:
                 return unit.refused("a weight is not finite")
             found.append(weight)

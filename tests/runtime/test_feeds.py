@@ -130,3 +130,13 @@ def test_shapes_are_written_with_an_x(one_line):
         with pytest.raises(InputError) as caught:
             parse_shape(text)
         one_line(caught.value, text, "NAME=1x128")
+
+
+def test_each_beginning_of_mixed_feeds_is_spread_over_all_of_them():
+    feeds = Feeds.of([{"n": number} for number in range(64)], synthetic=True)
+    order = [feed["n"] for feed in feeds.mixed()]
+    assert sorted(order) == list(range(64))
+    assert feeds.mixed().synthetic
+    for count in (4, 8, 16):
+        places = sorted(order[:count])
+        assert max(b - a for a, b in zip([-1, *places], [*places, 64], strict=True)) <= 3 * 64 / count

@@ -16,6 +16,7 @@ from ffnfold.search.candidates import KEEP, OTHERS, Candidate, block_candidates,
 from ffnfold.search.choice import Bound, choose
 from ffnfold.search.front import Expected, Point, front_of
 from ffnfold.search.goal import Row, damage, parse_goal, rows_of
+from ffnfold.search.levels import turn
 from ffnfold.search.prediction import Damage, Time
 
 FORMS = [KEEP, Candidate(64), Candidate(0), Candidate(form="int8"), Candidate(64, form="int8"), Candidate(removed=True)]
@@ -168,3 +169,17 @@ def test_errors_of_rounding_are_undone_where_there_is_time(tmp_path, d_ff, few, 
     forms = {each.form for each in block_candidates(block, "cpu", few=few)}
     assert ("int8-gptq" in forms, "int8" in forms) == (gptq, not gptq)
     assert not any("gptq" in each.form for each in block_candidates(block, "cuda"))
+
+
+def test_the_goal_comes_first_and_then_every_level_has_its_turn():
+    most = [6, 3, 3]
+    tried = dict.fromkeys(range(3), 0)
+    order = []
+    while any(tried[number] < most[number] for number in tried):
+        number = min((number for number in tried if tried[number] < most[number]),
+                     key=lambda number: turn(number, tried[number], most[number]))
+        tried[number] += 1
+        order.append(number)
+    assert order[:5] == [0, 0, 0, 1, 2]
+    assert sorted(order) == [0] * 6 + [1] * 3 + [2] * 3
+    assert 0 in order[5:8]

@@ -80,9 +80,11 @@ class PruneSkip(BlockPass):
         refusal = _SLIM.check(block)
         if refusal is not None:
             return refusal
-        if not is_pure_branch(block) or not block.join.direct or has_branch_norm(block):
-            return Refused("its branch into the residual Add has a norm or a scale, or carries something else too",
+        if not is_pure_branch(block):
+            return Refused("its branch into the residual Add carries something else too: attention beside it, or other experts",
                            block.join.branch.name)
+        if not block.join.direct or has_branch_norm(block):
+            return Refused("its branch into the residual Add has a norm or a scale", block.join.branch.name)
         return None
 
     def run(self, model: Model, context: Context) -> PassResult:

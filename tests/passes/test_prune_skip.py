@@ -194,6 +194,18 @@ def test_a_norm_of_the_branch_is_refused(tmp_path):
     assert drift(run(s.model(), X), run(model, X)) < 1e-6
 
 
+def test_a_branch_that_carries_attention_too_is_refused(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    normed = s.norm(x, D)
+    other = s.op("MatMul", s.op("Softmax", s.op("MatMul", normed, s.op("Transpose", normed, perm=[0, 2, 1]))), normed)
+    s.op("Add", x, s.op("Add", s.ffn(normed), other), out=s.output("y"))
+    model, [result] = rewrite(s, tmp_path, "prune-skip:fit=slim", fit=FEEDS)
+    assert result.fired == 0
+    assert "carries something else too" in result.refused[0].reason
+    assert drift(run(s.model(), X), run(model, X)) < 1e-6
+
+
 def test_later_passes_are_told(tmp_path):
     s = transformer(1, pre_norm=False, activation="gelu")
     _, [_, result] = rewrite(s, tmp_path, "prune-skip:fit=slim", "remove-ffn:keep=nothing", fit=FEEDS)

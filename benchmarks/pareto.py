@@ -54,7 +54,8 @@ def main() -> int:
     parser.add_argument("--limits", nargs="+", type=float, default=[0.99, 0.95], help="on the cosine of the main output")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=2.5, help="of the race, for each model in it")
-    parser.add_argument("--points", type=int, default=14, help="of the front that are raced, at most: the fastest with a cosine of 0.9 and more")
+    parser.add_argument("--points", type=int, default=14,
+                        help="of the front that are raced, at most: the fastest with a cosine of 0.9 and more")
     parser.add_argument("--cache", type=Path, help="of the searches; else DIR/cache")
     parser.add_argument("--simulate", action="store_true", help="how long candidates take on 1 to 256 workers")
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="draw each model there (needs matplotlib)")

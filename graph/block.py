@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from .activation import Activation
-from .edit import current, producer, remove_dead, take_over
+from .edit import consumers, current, producer, remove_dead, take_over
 from .linear import Linear
 from .pointwise import Array
 from .region import Region
@@ -150,6 +150,10 @@ class FFNBlock:
         """Its linears, a fused gate-up once."""
         found = [self.up.linear, *([self.gate.linear] if self.gate else []), self.down.linear]
         return list({id(linear): linear for linear in found}.values())
+
+    def sums(self) -> list[gs.Tensor]:
+        """What its output and something else are added up to, right behind it."""
+        return [value for node in consumers(self.output) if node.op == "Add" for value in node.outputs]
 
     @property
     def parameters(self) -> int:

@@ -17,8 +17,8 @@ class Ledger:
     """Follows the blocks of a model from pass to pass.
 
     After each pass the blocks are looked for afresh. One is the block it was if its output is the same value, or else if
-    its weights come from the same initializers, or (where a pass put another graph in the place of the whole) its output has the
-    same name.
+    that value is now its sum with something else (an affine map beside the neurons), if its weights come from the same
+    initializers, or (where a pass put another graph in the place of the whole) if its output has the same name.
 
     Args:
         model: the plan's input, before any pass.
@@ -68,7 +68,8 @@ class Ledger:
             else:
                 found[index] = block
         for block in unknown:
-            index = weights.get(_sources(block), names.get((block.path, block.output.name)))
+            beside = (outputs[id(value)] for value in block.sums() if id(value) in outputs)
+            index = next(beside, weights.get(_sources(block), names.get((block.path, block.output.name))))
             if index is not None and index not in found:
                 found[index] = block
         for index in set(self._blocks) - set(found):

@@ -131,10 +131,10 @@ class Workshop:
         return trial
 
     def find(self, model: Model, unit: int) -> FFNBlock | None:
-        """The block of ``base`` in a copy of it."""
+        """The block of ``base`` in a copy of it, also where an affine map was put beside it."""
         ours = self.blocks[unit]
-        return next((block for block in find_ffn_blocks(model)
-                     if (block.path, block.output.name) == (ours.path, ours.output.name)), None)
+        return next((block for block in find_ffn_blocks(model) if block.path == ours.path and ours.output.name in
+                     (block.output.name, *(value.name for value in block.sums()))), None)
 
     def _context(self, model: Model, few: bool = False) -> Context:
         fit = self._fit[:_ENOUGH_FOR_A_MEAN] if few else self._fit

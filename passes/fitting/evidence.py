@@ -180,6 +180,7 @@ def _original(model: Model, context: Context) -> tuple[Model, dict[str, str]]:
         return model.copy(), {}
     residuals = {block.output.name: block.join.residual.name for block in find_ffn_blocks(context.original.copy())
                  if block.path == "main"}
-    if all(block.output.name in residuals for block in context.ledger.blocks.values() if block.path == "main"):
+    if all(any(value.name in residuals for value in (block.output, *block.sums()))
+           for block in context.ledger.blocks.values() if block.path == "main"):
         return context.original.copy(), residuals
     return model.copy(), {}

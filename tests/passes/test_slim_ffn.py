@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from ffn_graphs import Sketch, drift, run, transformer
 from ffnfold.graph.errors import InputError
@@ -284,3 +285,14 @@ def test_fits_that_were_kept_are_used_by_plans_that_begin_alike(tmp_path):
         first, second = (run(model, X) for model in models)
         assert all((first[name] == second[name]).all() for name in first)
         assert len(list((tmp_path / "fits").iterdir())) == there
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_block_with_an_affine_map_beside_it_is_still_a_block_to_later_passes(tmp_path, pre_norm):
+    s = transformer(3, activation="gelu", pre_norm=pre_norm)
+    model, [slim, rounded, removed] = rewrite(s, tmp_path, "slim-ffn:keep=8,multiple=8,blocks=0-1", "quantize-ffn:blocks=0",
+                                              "remove-ffn:keep=nothing,blocks=1-2", fit=FIT)
+    assert (slim.fired, rounded.fired, removed.fired, rounded.refused, removed.refused) == (2, 1, 2, [], [])
+    assert {each.dtype for each in model.graph.tensors().values() if isinstance(each, gs.Constant)} >= {np.dtype(np.int8)}
+    assert widths(model) == [8]
+    assert np.isfinite(run(model, X)["y"]).all()

@@ -13,13 +13,15 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from ffn_graphs import Sketch
+from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
 from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
 from ffnfold.runtime import Feeds, parse_limit
 from ffnfold.search import SearchJob, search_file
+from ffnfold.search.candidates import Candidate
 from ffnfold.search.run import Search
+from ffnfold.search.scoring import weight_bytes
 from ffnfold.search.workshop import Workshop
 from ffnfold.search.yardstick import Yardstick, next_token_loss
 from rewriting import Branch, in_branch
@@ -198,6 +200,19 @@ def test_perplexity_of_a_model_against_itself_is_one(tmp_path):
     changed = shop.rewritten({0: removed}, {})
     assert changed is not None
     assert yardstick.measure(changed)["model"]["perplexity"] not in (1.0, None)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_of_a_pair_the_neurons_that_are_left_change_their_form(tmp_path, pre_norm):
+    s = transformer(2, 64, 256, activation="gelu", pre_norm=pre_norm)
+    feeds = Feeds.of([{"x": np.random.default_rng(n).standard_normal((2, 80, 64)).astype(np.float32)} for n in range(3)])
+    shop = Workshop(s.save(tmp_path / "model.onnx"), feeds, "cpu", 1)
+    sizes = {}
+    for each in (Candidate(64), Candidate(64, form="int8")):
+        found = shop.rewritten({0: each}, {0: shop.stand_in(0, 64)}, timed=True)
+        assert found is not None
+        sizes[each.form] = weight_bytes(found)
+    assert sizes[""] - sizes["int8"] > 2.5 * 2 * 64 * 64
 
 
 @pytest.mark.timeout(300)

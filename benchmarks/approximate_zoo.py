@@ -35,7 +35,7 @@ GOALS = {"remove-ffn:keep=nothing": 0.95, "quantize-ffn": 0.95, "quantize-ffn:fo
          "sparsify-ffn": 0.9, "split-ffn": 0.9, "bilinear-ffn": 0.9}
 NOT_FOR = ("it has no bias that could be taken out", "there is no attention in front of it",
            "its experts are packed in one weight",
-           "its branch into the residual Add carries something else too")
+           "its branch into the residual Add carries something else too, or is read elsewhere")
 
 
 def main() -> int:
@@ -83,7 +83,7 @@ def _judge(path: Path, plan: str) -> dict[str, Any]:
     feed = _feed(path)
     fit = Feeds.of([feed]) if parsed.needs_feeds else None
     [result] = run_plan(model, parsed, fit=fit, threads=1)
-    kept = len(float_blocks) - result.fired - len(result.refused) if plan.startswith("share-ffn") else 0
+    kept = len(float_blocks) - result.fired - len(result.refused) if result.fired and plan.startswith("share-ffn") else 0
     with tempfile.TemporaryDirectory(prefix="ffnfold-") as folder:
         after = Path(folder) / path.name
         model.save(after)

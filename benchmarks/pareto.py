@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=2.5, help="of the race, for each model in it")
     parser.add_argument("--points", type=int, default=14,
-                        help="of the front that are raced, at most: the fastest with a cosine of 0.9 and more")
+                        help="of the front that are raced, about: of those with a cosine of 0.9 and more")
     parser.add_argument("--cache", type=Path, help="of the searches; else DIR/cache")
     parser.add_argument("--simulate", action="store_true", help="how long candidates take on 1 to 256 workers")
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="draw each model there (needs matplotlib)")
@@ -96,7 +96,10 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
         other["damage"][key] <= point["damage"][key] and other["speedup"] > point["speedup"] for other in points.values())]
     front = sorted(front, key=lambda point: point["speedup"])
     near = [point for point in front if point["damage"][key] <= _FAR] or front
-    front = near[-given.points:] if len(near) > given.points else near
+    within = {max((number for number, point in enumerate(near) if point["damage"][key] <= 1 - limit), default=0)
+              for limit in given.limits}  # the fastest within each limit
+    even = {round(number) for number in np.linspace(0, len(near) - 1, min(given.points, len(near)))}
+    front = [near[number] for number in sorted(even | within)]
     models = {f"search {number}": built(place, point["plan"], number, given.threads, cache) for number, point in enumerate(front)}
     peers = {row: place / f"{row}.onnx" for row in [*ROWS, *TOOLS] if (place / f"{row}.onnx").exists()}
     rows = raced(place, output, {**peers, **models}, given)

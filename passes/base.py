@@ -140,6 +140,8 @@ class BlockPass(Pass):
     """
 
     blocks: Blocks = field(default=ALL, metadata={"help": "which blocks, e.g. 0+3-5"})
+    whole: ClassVar[bool] = False
+    """Whether it takes the place of the whole block, and not of its neurons alone."""
 
     def choose(self, model: Model, blocks: dict[int, FFNBlock], context: Context) -> list[int]:
         """Indices of the blocks to rewrite, from those asked for that are there."""
@@ -160,7 +162,7 @@ class BlockPass(Pass):
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite the chosen blocks in place."""
         ledger = context.ledger
-        there, refused = ledger.select(self.blocks)
+        there, refused = ledger.select(self.blocks, self.whole)
         for index, block in list(there.items()):
             refusal = self.check(block)
             if refusal is not None:

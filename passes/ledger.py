@@ -29,10 +29,14 @@ class Ledger:
         found = find_ffn_blocks(model)
         self._blocks: dict[int, FFNBlock] = {block.index: block for block in found}
         self._gone: dict[int, str] = {}
+        self._beside: dict[int, str] = {}
         self.count = len(found)
 
-    def select(self, blocks: Blocks) -> tuple[dict[int, FFNBlock], list[Refused]]:
+    def select(self, blocks: Blocks, whole: bool = False) -> tuple[dict[int, FFNBlock], list[Refused]]:
         """The blocks asked for that are still there, in order of execution, and why the others are not.
+
+        Args:
+            whole: leave out those beside whose neurons a pass put something else, which is not in what is found of them.
 
         Raises:
             InputError: an index that the input does not have.
@@ -41,8 +45,9 @@ class Ledger:
             if index >= self.count:
                 held = f"blocks 0 to {self.count - 1}" if self.count else "no FFN block"
                 raise InputError(f"there is no block {index}: the model has {held}")
-        there = {index: block for index, block in self._blocks.items() if index in blocks}
-        return there, [Refused(reason, "", index) for index, reason in sorted(self._gone.items()) if index in blocks]
+        reasons = {**self._gone, **(self._beside if whole else {})}
+        there = {index: block for index, block in self._blocks.items() if index in blocks and index not in reasons}
+        return there, [Refused(reason, "", index) for index, reason in sorted(reasons.items()) if index in blocks]
 
     @property
     def blocks(self) -> dict[int, FFNBlock]:
@@ -68,8 +73,11 @@ class Ledger:
             else:
                 found[index] = block
         for block in unknown:
-            beside = (outputs[id(value)] for value in block.sums() if id(value) in outputs)
-            index = next(beside, weights.get(_sources(block), names.get((block.path, block.output.name))))
+            index = next((outputs[id(value)] for value in block.sums() if id(value) in outputs), None)
+            if index is not None and index not in found:
+                self._beside[index] = f"{changed_by} put something beside its neurons that would stay: let this pass go first"
+            else:
+                index = weights.get(_sources(block), names.get((block.path, block.output.name)))
             if index is not None and index not in found:
                 found[index] = block
         for index in set(self._blocks) - set(found):

@@ -56,6 +56,7 @@ class LinearizeFFN(BlockPass):
 
     name: ClassVar[str] = "linearize-ffn"
     exact: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
     fit: Literal["affine", "stein", "neuron"] = field(default="affine", metadata={
         "help": "one map, one map from few tokens, or a line for each neuron"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})

@@ -81,7 +81,7 @@ class PruneSkip(BlockPass):
         if refusal is not None:
             return refusal
         if not is_pure_branch(block):
-            return Refused("its branch into the residual Add carries something else too: attention beside it, or other experts",
+            return Refused("its branch into the residual Add carries something else too, or is read elsewhere",
                            block.join.branch.name)
         if not block.join.direct or has_branch_norm(block):
             return Refused("its branch into the residual Add has a norm or a scale", block.join.branch.name)

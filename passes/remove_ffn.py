@@ -50,6 +50,7 @@ class RemoveFFN(BlockPass):
 
     name: ClassVar[str] = "remove-ffn"
     exact: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
     keep: Literal["nothing", "mean", "scale", "rank", "affine", "ladder"] = field(
         default="mean", metadata={"help": "what stays of the block's output"})
     rank: float = field(default=0.25, metadata={"help": "rank of keep=rank; below 1 a part of the width"})

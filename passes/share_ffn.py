@@ -64,6 +64,7 @@ class ShareFFN(BlockPass):
 
     name: ClassVar[str] = "share-ffn"
     exact: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
     groups: float = field(default=0.5, metadata={"help": "sets of weights that stay; below 1 a part of the blocks"})
     fix: Literal["affine", "scale", "none"] = field(default="affine", metadata={"help": "what each tied block has of its own"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})

@@ -19,7 +19,7 @@ MARGIN = 0.95  # of a limit on the damage, on the feeds that choose: others repo
 _AROUND = (0.5, 2.0, 0.25, 4.0, 0.1, 8.0, 0.04, 16.0, 32.0)
 _SPEEDS = (0.95, 1.1, 0.9, 1.2, 0.85, 1.35, 0.8, 1.5)
 _MOST = 6  # plans that are built for the goal; for another level half of them
-_GOAL_FIRST = 2  # plans for the goal before the others have their turns
+_GOAL_FIRST = 2  # plans for the goal after which the others have their turns too
 _NO_SLACK = 0.02  # by how much the limit on time or size is kept
 
 

@@ -15,7 +15,7 @@ from ..passes.optimize import Job, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
 from ..runtime.limits import LOGITS_METRICS
-from .candidates import KEEP, OTHERS, Candidate, Choice, plan_of
+from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of
 from .choice import choose, text_of
 from .estimate import estimate
 from .front import Expected, Point
@@ -58,7 +58,7 @@ class Search:
         machine, identity = identity_of(job, self.bench)
         self.records = Records(folder / identity)
         self.timings = Records(folder / "latency")
-        self._machine = (machine, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
+        self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
         self.fits = Fits(folder / identity / "fits")
         self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
         self.points: dict[str, Point] = {}

@@ -16,6 +16,7 @@ from ..runtime import Feeds, synthetic_feeds
 from ..runtime.grid import parse_grid, shape_text
 from ..runtime.machine import machine
 from ..runtime.specs import input_specs
+from .candidates import MEANING
 from .job import SearchJob
 from .latency import Traffic
 from .scoring import Bench
@@ -69,8 +70,9 @@ def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str]:
     model = bench.workshop.original
     with contextlib.closing(InputHash(job.model, model.stored.values())) as fingerprint:
         entries = fingerprint.entries()
-    digest = hashlib.sha256(repr((__version__, here, sorted(entries.items()), job.target, job.threads, job.perplexity, job.score,
-                                  sorted(bench.yardstick.logits), job.seed)).encode())
+    depends = (__version__, MEANING, here, sorted(entries.items()), job.target, job.threads, job.perplexity, job.score,
+               sorted(bench.yardstick.logits), job.seed)
+    digest = hashlib.sha256(repr(depends).encode())
     for feeds in (bench.split.fit, bench.split.choose):
         digest.update(repr(len(feeds)).encode())
         for feed in feeds:

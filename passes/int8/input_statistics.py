@@ -20,12 +20,12 @@ _ENOUGH = 64  # rows for each feature, as GPTQ takes 128 × 2048 tokens for 4096
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Statistics of the rows of one value ``[*, d]``, padding left out.
+    """Statistics of the rows of one value ``[*, d]`` that were taken, padding left out.
 
     Attributes:
         largest: the largest magnitude of each feature, ``[d]``.
         mean, mean_square: of each feature, ``[d]``.
-        gram: ``XᵀX`` over all rows, ``[d, d]``; None where it was not asked for.
+        gram: ``XᵀX`` over these rows, ``[d, d]``; None where it was not asked for.
     """
 
     largest: Array

@@ -8,20 +8,24 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_graphsurgeon as gs
 
 from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
 from ..graph.errors import InputError
 from ..graph.model import Model
-from ..graph.narrow import narrow, why_not_narrow
+from ..graph.narrow import Project, narrow, why_not_narrow
+from ..graph.region import Leaf
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .blocks import Blocks
 from .fitting.affine_map import put_map
 from .fitting.evidence import Evidence, Streams
+from .fitting.kept_rows import KeptRows
 from .fitting.measure import unmeasurable
 from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
 from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
+from .fitting.refinement import refined
 from .fitting.spread import Curve, allocate, damage, widths_to_try
 
 Array = npt.NDArray[Any]
@@ -63,6 +67,7 @@ class SlimFFN(BlockPass):
     refit: Literal["none", "bias", "ridge"] = field(default="ridge", metadata={"help": "what is fitted"})
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what is fitted to"})
+    refine: int = field(default=4, metadata={"help": "how often gradient descent goes through the tokens to move what stays"})
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
     spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how widths differ over blocks"})
     multiple: int = field(default=32, metadata={"help": "widths are rounded up to a multiple of this"})
@@ -71,6 +76,8 @@ class SlimFFN(BlockPass):
     def __post_init__(self) -> None:
         if self.vary < 0:
             raise ValueError(f"vary={self.vary}: copies cannot be fewer than none")
+        if self.refine < 0:
+            raise ValueError(f"refine={self.refine}: it cannot go through the tokens less than not at all")
         if not self.keep > 0 and not (self.keep == 0 and self.affine):
             raise ValueError(f"keep={self.keep} must be above 0: a number of neurons, or a part of them below 1 "
                              "(keep=0 goes with affine=true)")
@@ -152,11 +159,15 @@ class SlimFFN(BlockPass):
         width = context.widths.get(block.output.name, self.width(block))
         found = context.fits.load(block, width) if context.fits is not None else None
         if found is None:
+            keep = KeptRows(context.streams.feeds) if self.refine and self.refit == "ridge" and width else None
             evidence = context.streams.evidence(block, inputs=self.affine, neurons=width > 0, weight=self.weight,
-                                                target=self.target)
+                                                target=self.target, keep=keep)
             if not evidence.rows:
                 return Refused("no token of the feeds reached it", block.input.name)
             found = self.fit(block, evidence, width)
+            if keep is not None:
+                context.progress(f"{self.name}: moving the neurons of block {block.index}")
+                found = refined(block, found, keep, self.refine)
         if context.fits is not None:
             context.fits.save(block, width, found)
         return found
@@ -200,7 +211,7 @@ class SlimFFN(BlockPass):
         build = Builder(model, block.graph, block.name, block.down.linear.onnx_type)
         parts = []
         if len(fit.neurons):
-            hidden = narrow(model, block, fit.neurons)
+            hidden = narrow(model, block, fit.neurons, self._moved(block, fit, build))
             parts.append(build.linear(hidden, fit.matrix, None if fit.affine is not None else self._bias(block, fit),
                                       axis=block.axis, hint="slim_down"))
         if fit.affine is not None:
@@ -212,6 +223,18 @@ class SlimFFN(BlockPass):
         if context.streams is not None:
             context.streams.rewritten(block.output.name)
         return Rewritten()
+
+    def _moved(self, block: FFNBlock, fit: NeuronFit, build: Builder) -> Project | None:
+        """Puts in the projections that were moved; None where they are what the block has."""
+        if not fit.projections:
+            return None
+        of_leaf = {id(leaf): moved for leaf, moved in zip(block.region.leaves, fit.projections, strict=True)}
+
+        def project(leaf: Leaf, weight: Array, bias: Array | None, hint: str) -> gs.Tensor:
+            matrix, moved = of_leaf[id(leaf)]
+            return build.linear(block.input, matrix, moved, axis=block.axis, hint=hint)
+
+        return project
 
     def _bias(self, block: FFNBlock, fit: NeuronFit) -> Array | None:
         return fit.offset if fit.offset.any() or block.down.has_bias else None

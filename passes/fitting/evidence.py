@@ -29,6 +29,7 @@ from ...graph.model import Model
 from ...runtime import Scatter
 from ..base import Context
 from .bypass import is_pure_branch
+from .kept_rows import KeptRows
 from .stream import Stream
 from .token_weights import has_branch_norm, token_weights, weight_values
 from .varied_feeds import varied
@@ -78,6 +79,7 @@ class Streams:
         assert context.fit is not None
         feeds = varied(model, context.fit, vary)
         self._real = len(context.fit)
+        self._feeds = len(feeds)
         self._resume = context.resume
         self._now = Stream(model, feeds, context)
         original, self._residuals = _original(model, context)
@@ -90,30 +92,43 @@ class Streams:
         self._now.__exit__(kind, error, trace)
         self._original.__exit__(kind, error, trace)
 
+    @property
+    def feeds(self) -> int:
+        """How many feeds are gone through, varied copies counted."""
+        return self._feeds
+
     def rewritten(self, name: str) -> None:
         """Say that the value ``name`` is computed in another way from now on."""
         self._now.forget(name)
 
     def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
-                 more: Sequence[gs.Tensor] = ()) -> Evidence:
+                 more: Sequence[gs.Tensor] = (), keep: KeptRows | None = None) -> Evidence:
         """Go through the feeds once.
 
         Args:
             inputs, neurons: which features to take moments of.
             weight: how tokens are weighted (see :mod:`token_weights`).
             more: values with their features where the block has them, whose features come behind those.
+            keep: takes the inputs, the targets and the weights themselves (of varied copies what is fitted to alone).
         """
         kept = None if self._resume is None else self._resume.load(3)
         found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter(), Scatter())
         few = self._real < HELD_OUT
-        for number, (features, y, t, weights) in enumerate(self._rows(block, inputs, neurons, weight, target, more)):
-            if kept:
+        gathered = self._rows(block, inputs or keep is not None, neurons, weight, target, more)
+        for number, (features, y, t, weights) in enumerate(gathered):
+            if kept and keep is None:
                 continue
             good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
             for group in features:
                 good &= np.isfinite(group).all(axis=1)
             position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
             held = position % HELD_OUT == HELD_OUT - 1
+            if keep is not None:
+                taken = good if number < self._real else good & ~held
+                keep.add(features[0][taken], t[taken], weights[taken], held[taken])
+                features = features if inputs else features[1:]
+            if kept:
+                continue
             choosing = found.held_out if number < self._real else found.beside
             for moments, chosen in ((found.fit, good & ~held), (choosing, good & held)):
                 if chosen.any():

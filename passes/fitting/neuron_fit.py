@@ -111,6 +111,8 @@ class NeuronFit:
         neurons: S, ascending.
         matrix: V ``[len(S), d_out]``; affine: A ``[d_model, d_out]`` or None; offset: c ``[d_out]``.
         ridge: the λ that won; error: E‖t − ŷ‖² / E‖t − E[t]‖² on tokens held out (on those fitted to, where none are).
+        projections: for each leaf of the block's region the matrix ``[d_model, len(S)]`` and the bias ``[len(S)]`` (or None)
+            that its linear gets; empty: what it has.
     """
 
     neurons: Indices
@@ -119,6 +121,7 @@ class NeuronFit:
     offset: Array
     ridge: float
     error: float
+    projections: tuple[tuple[Array, Array | None], ...] = ()
 
 
 def choose_ridge(fit: Features, held_out: Features | None, neurons: Indices) -> tuple[float, float]:

@@ -34,7 +34,7 @@ _GREEDY_RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class SlimFFN(BlockPass):
-    """Keep the most useful neurons of an FFN and refit what it gives, in closed form, on feeds.
+    """Keep the most useful neurons of an FFN and fit them, on feeds, to do the work of all.
 
         y = h(x) W_down + b   →   ŷ = h_S(x) V + c            (affine=false)
                               →   ŷ = x A + h_S(x) V + c      (affine=true)
@@ -43,6 +43,9 @@ class SlimFFN(BlockPass):
     ``multiple`` that matrix kernels like. In gated blocks up and gate are cut together. ``select`` says which stay
     (see :mod:`neuron_selection`), ``refit`` what becomes of the down projection: ``ridge`` solves for V, A and c together,
     held near what the block had, λ chosen on tokens held out; ``bias`` only adds the mean of what is gone; ``none`` leaves all.
+
+    With ``refit=ridge`` the neurons themselves are then moved by gradient descent on the block alone, ``refine`` times through
+    its tokens, if that is better on tokens held out (see :mod:`refinement`).
 
     ``spread=sensitivity`` gives the blocks different widths under the same number of parameters: more to those whose errors
     reach the outputs (see :mod:`spread`). ``widths`` gives single blocks a width of their own, as ``ffnfold search`` does:

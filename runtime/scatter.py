@@ -103,7 +103,8 @@ class Scatter:
     @property
     def mean(self) -> Array:
         """Σ w a / Σ w: ``[d]``, d the width of all groups together."""
-        return self._center + self._first / self._checked_weight()
+        weight = self._checked_weight()
+        return self._center + self._first / weight
 
     @property
     def covariance(self) -> Array:

@@ -132,7 +132,7 @@ def plan_of(choice: Choice, target: str) -> Plan:
     if widths:
         units = [unit for several in widths.values() for unit in several]
         text = "/".join(f"{width}@{_blocks(several)}" for width, several in sorted(widths.items()))
-        passes.append(SlimFFN(_blocks(units), widths=text, multiple=1))
+        passes.append(SlimFFN(_blocks(units), widths=text, multiple=1, refine=0))
     for ratio in sorted({each.ratio for each in choice.values()} - {0.0}):
         passes.append(FactorizeFFN(_blocks([unit for unit, each in choice.items() if each.ratio == ratio]), ratio=ratio))
     others = choice.get(OTHERS, KEEP)

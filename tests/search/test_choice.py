@@ -122,7 +122,7 @@ def test_a_choice_becomes_a_plan_with_one_fit():
     plan = plan_of(choice, "cpu")
     assert plan.entries()[-5:] == [
         {"remove-ffn": {"blocks": "4"}},
-        {"slim-ffn": {"blocks": "0+2-3", "multiple": 1, "widths": "0@2/64@0+3"}},
+        {"slim-ffn": {"blocks": "0+2-3", "multiple": 1, "refine": 0, "widths": "0@2/64@0+3"}},
         {"factorize-ffn": {"blocks": "6"}},
         {"quantize-ffn": {"blocks": "3+5", "form": "dynamic", "smooth": "feeds"}},
         {"quantize-ffn": {"blocks": "none", "form": "nbits", "also": "attention"}}]

@@ -165,10 +165,23 @@ def _descend(narrow: Narrow, x: Array, t: Array, weights: Array, passes: int) ->
             rate = float(_RATE) * 0.5 * (1 + np.cos(np.pi * step / steps)) * min(1.0, step / _RISE)
             found = narrow.gradients(x[chosen], t[chosen], weights[chosen] / np.float32(len(chosen)))
             for name in names:
-                first[name] += np.float32(1 - _MEMORY[0]) * (found[name] - first[name])
-                second[name] += np.float32(1 - _MEMORY[1]) * (found[name] ** 2 - second[name])
-                length = np.sqrt(second[name] / np.float32(1 - _MEMORY[1] ** step)) + np.float32(1e-12)
-                held[name] -= np.float32(rate * size[name] / (1 - _MEMORY[0] ** step)) * first[name] / length
+                _step(held[name], found[name], first[name], second[name], step, rate * size[name])
+
+
+def _step(matrix: Array, gradient: Array, first: Array, second: Array, step: int, rate: float) -> None:
+    """One step of Adam; all is changed in place."""
+    work = np.square(gradient)
+    work -= second
+    work *= np.float32(1 - _MEMORY[1])
+    second += work
+    gradient -= first
+    gradient *= np.float32(1 - _MEMORY[0])
+    first += gradient
+    np.sqrt(np.divide(second, np.float32(1 - _MEMORY[1] ** step), out=work), out=work)
+    work += np.float32(1e-12)
+    np.divide(first, work, out=work)
+    work *= np.float32(rate / (1 - _MEMORY[0] ** step))
+    matrix -= work
 
 
 def _matrix_of(name: str) -> str:

@@ -50,6 +50,7 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
     mapped = "+".join(str(index) for index in sorted(order[:affine_gone]))
     found = {
         "neurons": ("ours", [f"slim-ffn:keep={left},affine=false"]),
+        "neurons, not moved": ("beside", [f"slim-ffn:keep={left},affine=false,refine=0"]),
         "neurons, widths spread": ("ours", [f"slim-ffn:keep={left},affine=false,spread=sensitivity"]),
         "affine blocks": ("ours", [f"linearize-ffn:blocks={mapped}"]),
         "blocks dropped": ("baseline", [f"remove-ffn:keep=nothing,blocks={fewest}"]),
@@ -63,6 +64,7 @@ def plans(blocks: list[FFNBlock], order: list[int], left: float) -> dict[str, tu
         found["blocks shared, no fix"] = ("beside", [f"share-ffn:groups={len(blocks) - tied},fix=none"])
     if neurons:
         found["partial linear"] = ("ours", [f"slim-ffn:keep={neurons}"])
+        found["partial linear, not moved"] = ("beside", [f"slim-ffn:keep={neurons},refine=0"])
         found["partial linear, no skip"] = ("ours", [f"prune-skip:fit=slim,keep={neurons / first.d_ff}"])
         found["partial linear, widths spread"] = ("ours", [f"slim-ffn:keep={neurons},spread=sensitivity"])
     found["thin matrices"] = ("ours", [f"factorize-ffn:ratio={left}"])

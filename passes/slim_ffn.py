@@ -30,6 +30,7 @@ from .fitting.spread import Curve, allocate, damage, widths_to_try
 
 Array = npt.NDArray[Any]
 _GREEDY_RIDGE = 1e-3
+_UNMOVED = "slim-ffn: blocks whose neurons were to be moved, and why they were not"
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,12 @@ class SlimFFN(BlockPass):
         if not self.needs_feeds:
             return super().run(model, context)
         widths = self._spread(model, context) if self.spread == "sensitivity" else {}
+        context.memo[_UNMOVED] = {}
         with Streams(model, context, self.vary) as streams:
-            return super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
+            result = super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
+        left: dict[int, str | None] = context.memo.pop(_UNMOVED)
+        notes = [f"the neurons of block {index} were not moved: {reason}" for index, reason in left.items() if reason]
+        return dataclasses.replace(result, notes=tuple(notes))
 
     def _spread(self, model: Model, context: Context) -> dict[str, int]:
         """A width for each block, by what its error does to the outputs."""
@@ -169,11 +174,22 @@ class SlimFFN(BlockPass):
                 return Refused("no token of the feeds reached it", block.input.name)
             found = self.fit(block, evidence, width)
             if keep is not None:
-                context.progress(f"{self.name}: moving the neurons of block {block.index}")
-                found = refined(block, found, keep, self.refine)
+                found = self._refined(block, evidence, found, keep, context)
         if context.fits is not None:
             context.fits.save(block, width, found)
         return found
+
+    def _refined(self, block: FFNBlock, evidence: Evidence, fit: NeuronFit, keep: KeptRows, context: Context) -> NeuronFit:
+        """``fit`` with its neurons moved, where that helps; why not is kept for :meth:`run`."""
+        reason: str | None = "no token is held out"
+        if evidence.fit.rows and evidence.held_out.rows:
+            everything = self._features(block, evidence)
+            alone = Features.of(evidence.fit, everything.prior, everything.inputs)
+            start = refit(alone, fit.neurons, fit.ridge, fit.error)
+            fit, reason = refined(block, start, fit, keep, self.refine,
+                                  lambda message: context.progress(f"{self.name}: block {block.index}, {message}"))
+        context.memo.setdefault(_UNMOVED, {})[block.index] = reason
+        return fit
 
     def _features(self, block: FFNBlock, evidence: Evidence, neurons: bool = True) -> Features:
         inputs = block.d_model if self.affine else 0
@@ -214,7 +230,7 @@ class SlimFFN(BlockPass):
         build = Builder(model, block.graph, block.name, block.down.linear.onnx_type)
         parts = []
         if len(fit.neurons):
-            hidden = narrow(model, block, fit.neurons, self._moved(block, fit, build))
+            hidden = narrow(model, block, fit.neurons, self._moved(model, block, fit))
             parts.append(build.linear(hidden, fit.matrix, None if fit.affine is not None else self._bias(block, fit),
                                       axis=block.axis, hint="slim_down"))
         if fit.affine is not None:
@@ -227,7 +243,7 @@ class SlimFFN(BlockPass):
             context.streams.rewritten(block.output.name)
         return Rewritten()
 
-    def _moved(self, block: FFNBlock, fit: NeuronFit, build: Builder) -> Project | None:
+    def _moved(self, model: Model, block: FFNBlock, fit: NeuronFit) -> Project | None:
         """Puts in the projections that were moved; None where they are what the block has."""
         if not fit.projections:
             return None
@@ -235,7 +251,8 @@ class SlimFFN(BlockPass):
 
         def project(leaf: Leaf, weight: Array, bias: Array | None, hint: str) -> gs.Tensor:
             matrix, moved = of_leaf[id(leaf)]
-            return build.linear(block.input, matrix, moved, axis=block.axis, hint=hint)
+            own = Builder(model, block.graph, block.name, leaf.linear.onnx_type)
+            return own.linear(block.input, matrix, moved, axis=block.axis, hint=hint)
 
         return project
 

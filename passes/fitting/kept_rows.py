@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Rows = tuple[Array, Array, Array]
 _LIMIT = 1 << 29  # bytes of rows that are kept for one block
 
 
@@ -16,26 +17,36 @@ class KeptRows:
 
     Args:
         feeds: how many will be seen, so that each has its part of ``limit``.
-        limit: bytes; where a feed has more tokens than fit into its part, evenly spread ones are kept.
+        limit: bytes. Where a feed has more tokens than fit into its part, evenly spread ones are kept and count for the others
+            too; where not even one token of each feed fits, the first feeds are kept.
     """
 
     def __init__(self, feeds: int, limit: int = _LIMIT) -> None:
-        self._share = max(1, limit // max(feeds, 1))
-        self._parts: dict[bool, list[tuple[Array, Array, Array]]] = {False: [], True: []}
+        self._limit, self._share, self._used = limit, limit // max(feeds, 1), 0
+        self._parts: dict[bool, list[Rows]] = {False: [], True: []}
 
     def add(self, x: Array, t: Array, weights: Array, held: npt.NDArray[np.bool_]) -> None:
         """Keep rows ``x [n, d_model]``, ``t [n, d_out]`` of one feed; ``held``: which are held out of the fit."""
-        most = max(1, self._share // (4 * (x.shape[1] + t.shape[1] + 1)))
-        taken = np.arange(len(x)) if len(x) <= most else np.linspace(0, len(x) - 1, most).astype(np.int64)
+        size = 4 * (x.shape[1] + t.shape[1] + 1)
+        part = min(1.0, max(1, self._share // size) / max(len(x), 1))
         for which in (False, True):
-            rows = taken[held[taken] == which]
-            if len(rows):
-                self._parts[which].append((x[rows].astype(np.float32), t[rows].astype(np.float32),
-                                           weights[rows].astype(np.float32)))
+            rows = np.flatnonzero(held == which)
+            count = min(len(rows), max(1, int(part * len(rows))))
+            if not count or self._used + count * size > self._limit:
+                continue
+            self._used += count * size
+            taken = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+            self._parts[which].append((x[taken].astype(np.float32), t[taken].astype(np.float32),
+                                       (weights[taken] * (len(rows) / count)).astype(np.float32)))
 
-    def part(self, held: bool) -> tuple[Array, Array, Array]:
-        """x ``[n, d_model]``, t ``[n, d_out]`` and weights ``[n]`` of the tokens held out, or of the others."""
-        if not self._parts[held]:
+    def take(self, held: bool) -> Rows:
+        """x ``[n, d_model]``, t ``[n, d_out]`` and weights ``[n]`` of the tokens held out, or of the others; once."""
+        parts, self._parts[held] = self._parts[held], []
+        if not parts:
             return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
-        x, t, weights = zip(*self._parts[held], strict=True)
-        return np.concatenate(x), np.concatenate(t), np.concatenate(weights)
+        columns = [list(column) for column in zip(*parts, strict=True)]
+        del parts
+        joined = []
+        while columns:
+            joined.append(np.concatenate(columns.pop(0)))
+        return joined[0], joined[1], joined[2]

@@ -29,7 +29,7 @@ _RATE = np.float32(0.02)  # of the standard deviation of a matrix: the largest s
 _BATCH = 512  # tokens a step
 _RISE = 20  # steps until the rate is reached
 _MEMORY = (0.9, 0.99)  # of Adam's two running means
-_CELLS = 1 << 14  # of the table of an activation
+_CELLS, _REACH = 1 << 14, 64.0  # of the table of an activation: how many, and how far on either side
 _AT_ONCE = 4096  # tokens whose neurons are in memory together
 _TRIED = np.linspace(-4, 4, 33)
 
@@ -49,9 +49,10 @@ class Curve:
         self._values, self._steps = values[:-1].astype(np.float32), np.diff(values).astype(np.float32)
 
     def __call__(self, z: Array) -> tuple[Array, Array]:
-        """Value and slope at ``z`` (float32, any shape)."""
+        """Value and slope at ``z`` (float32, any shape); what is not finite gives anything."""
         place = (z - self._low) * self._per_cell
         cell = np.clip(place, 0, _CELLS - 1).astype(np.int32)
+        np.clip(cell, 0, _CELLS - 1, out=cell)  # what is no number has become one
         step = self._steps[cell]
         place -= cell
         place *= step
@@ -75,17 +76,19 @@ class Narrow:
     curve: Curve
     fixed: frozenset[str] = frozenset()
 
+    def projected(self, name: str, x: Array) -> Array:
+        """What the projection ``up`` or ``gate`` gives, its bias added: ``[n, k]``."""
+        found: Array = x @ self.matrices[name]
+        found += self.matrices[f"{name}_bias"]
+        return found
+
     def hidden(self, x: Array) -> tuple[Array, Array | None, Array | None, Array]:
         """``h [n, k]``, what the activation gave and the other branch (both None if ungated), and the activation's slope."""
-        held = self.matrices
-        up = x @ held["up"]
-        up += held["up_bias"]
-        if "gate" not in held:
+        up = self.projected("up", x)
+        if "gate" not in self.matrices:
             value, slope = self.curve(up)
             return value, None, None, slope
-        gate = x @ held["gate"]
-        gate += held["gate_bias"]
-        value, slope = self.curve(gate)
+        value, slope = self.curve(self.projected("gate", x))
         return value * up, value, up, slope
 
     def gradients(self, x: Array, t: Array, weights: Array) -> Matrices:
@@ -112,60 +115,85 @@ class Narrow:
         return found | {"up": x.T @ back, "up_bias": back.sum(axis=0)}
 
 
-def refined(block: FFNBlock, fit: NeuronFit, rows: KeptRows, passes: int) -> NeuronFit:
-    """``fit`` with its neurons moved, or as it is where that is not better on tokens held out.
+def refined(block: FFNBlock, start: NeuronFit, fit: NeuronFit, rows: KeptRows, passes: int,
+            progress: Callable[[str], None] = lambda message: None) -> tuple[NeuronFit, str | None]:
+    """``fit`` with its neurons moved, or as it is and the reason: on tokens held out that is not better, or it cannot be.
 
     Args:
-        fit: in closed form, with at least one neuron.
-        rows: tokens to fit to and tokens held out.
+        start: the closed form on the tokens to fit to alone, where the descent begins; has at least one neuron.
+        fit: the closed form on all tokens.
+        rows: tokens to fit to and tokens held out; used up.
         passes: how often the descent goes through the tokens.
     """
-    x, t, weights = rows.part(False)
-    held_out = rows.part(True)
-    block_narrow = _narrow(block, fit, x[:_AT_ONCE]) if len(x) and len(held_out[0]) else None
-    if block_narrow is None:
-        return fit
-    with np.errstate(all="ignore"):
-        _descend(block_narrow, x, t, weights, passes)
-    held = block_narrow.matrices
-    if not all(np.isfinite(matrix).all() for matrix in held.values()):
-        return fit
-    inputs = block.d_model if fit.affine is not None else 0
-    prior = np.concatenate([*([held["affine"]] if inputs else []), held["down"]]).astype(np.float64)
-    parts = [_moments(block_narrow, *part, with_inputs=bool(inputs)) for part in ((x, t, weights), held_out)]
-    to_fit, to_choose = (Features.of(part, prior, inputs) for part in parts)
-    everyone = np.arange(len(fit.neurons))
-    ridge, error = choose_ridge(to_fit, to_choose, everyone)
-    if not error < fit.error:
-        return fit
-    everything = Scatter()
-    for part in parts:
-        everything.merge(part)
-    found = refit(Features.of(everything, prior, inputs), everyone, ridge, error)
-    return dataclasses.replace(found, neurons=fit.neurons, projections=_projections(block, fit, held))
-
-
-def _descend(narrow: Narrow, x: Array, t: Array, weights: Array, passes: int) -> None:
-    """Move ``narrow`` in place."""
+    to_fit, held_out = rows.take(held=False), rows.take(held=True)
+    if not len(to_fit[0]) or not len(held_out[0]):
+        return fit, "no token is held out"
+    acting = _activation(block)
+    if acting is None:
+        return fit, "its activation is no function of one number that all its neurons share"
+    narrow = _narrow(block, start, acting)
     held = narrow.matrices
-    weights = weights / weights.mean()
-    centred = t - (weights @ t) / weights.sum()
-    weights = weights / np.float32(max(float(weights @ (centred ** 2).sum(axis=1)) / len(t), 1e-30))
-    names = [name for name in held if name not in narrow.fixed]
-    size = {name: max(float(held[_matrix_of(name)].std()), 1e-8) for name in names}
+    inputs = block.d_model if start.affine is not None else 0
+    everyone = np.arange(len(start.neurons))
+    try:
+        with np.errstate(all="ignore"):
+            matrix = _joined(held)
+            before = Features.of(_moments(block, narrow, *held_out), matrix, inputs).error(everyone, matrix, start.offset)
+            if not _descend(narrow, *to_fit, passes, progress):
+                return fit, "the descent left the numbers that float32 holds"
+            prior = _joined(held)
+            parts = [_moments(block, narrow, *part) for part in (to_fit, held_out)]
+            choosing = Features.of(parts[1], prior, inputs)
+            ridge, error = choose_ridge(Features.of(parts[0], prior, inputs), choosing, everyone)
+            if not error * choosing.tt < before:
+                return fit, "it was not better on tokens held out"
+            everything = Scatter()
+            for part in parts:
+                everything.merge(part)
+            found = refit(Features.of(everything, prior, inputs), everyone, ridge, error)
+    except np.linalg.LinAlgError:
+        return fit, "the moved neurons have no finite moments"
+    return dataclasses.replace(found, neurons=fit.neurons, projections=_projections(block, fit, held)), None
+
+
+def _joined(held: Matrices) -> Array:
+    """The map of all features that ``held`` makes: of the inputs, where it has an affine part, and of the neurons."""
+    return np.concatenate([*([held["affine"]] if "affine" in held else []), held["down"]]).astype(np.float64)
+
+
+def _descend(narrow: Narrow, x: Array, t: Array, weights: Array, passes: int, progress: Callable[[str], None]) -> bool:
+    """Move ``narrow`` in place; False where it came upon what is no finite number."""
+    held = narrow.matrices
+    weights = weights / (weights.mean() * np.float32(max(_variance(t, weights), 1e-30)))
+    size = {name: float(held[_matrix_of(name)].std()) for name in held}
+    names = [name for name in held if name not in narrow.fixed and size[name] > 0]
     first = {name: np.zeros_like(held[name]) for name in names}
     second = {name: np.zeros_like(held[name]) for name in names}
     random = np.random.default_rng(0)
     steps, step = passes * -(-len(x) // _BATCH), 0
-    for _ in range(passes):
+    rise = min(_RISE, max(1, steps // 10))
+    for number in range(passes):
+        progress(f"moving neurons, {number + 1} of {passes}")
         order = random.permutation(len(x))
         for start in range(0, len(x), _BATCH):
             chosen = order[start:start + _BATCH]
+            rate = float(_RATE) * 0.5 * (1 + np.cos(np.pi * step / steps)) * min(1.0, (step + 1) / rise)
             step += 1
-            rate = float(_RATE) * 0.5 * (1 + np.cos(np.pi * step / steps)) * min(1.0, step / _RISE)
             found = narrow.gradients(x[chosen], t[chosen], weights[chosen] / np.float32(len(chosen)))
+            if not np.isfinite(found["up_bias"]).all():
+                return False
             for name in names:
                 _step(held[name], found[name], first[name], second[name], step, rate * size[name])
+    return all(bool(np.isfinite(matrix).all()) for matrix in held.values())
+
+
+def _variance(t: Array, weights: Array) -> float:
+    """Σ w ‖t − mean‖² / Σ w, without a copy of t."""
+    total = float(weights.sum(dtype=np.float64))
+    mean = (weights @ t) / total
+    squares = sum(float(weights[start:start + _AT_ONCE] @ ((t[start:start + _AT_ONCE] - mean) ** 2).sum(axis=1))
+                  for start in range(0, len(t), _AT_ONCE))
+    return squares / total
 
 
 def _step(matrix: Array, gradient: Array, first: Array, second: Array, step: int, rate: float) -> None:
@@ -189,22 +217,22 @@ def _matrix_of(name: str) -> str:
     return {"up_bias": "up", "gate_bias": "gate", "offset": "down"}.get(name, name)
 
 
-def _moments(narrow: Narrow, x: Array, t: Array, weights: Array, *, with_inputs: bool) -> Scatter:
-    """Of [x, h, t], or [h, t]."""
+def _moments(block: FFNBlock, narrow: Narrow, x: Array, t: Array, weights: Array) -> Scatter:
+    """Of [x, h, t], or [h, t] where there is no affine part; h as the block's own nodes compute it."""
     found = Scatter()
     for start in range(0, len(x), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        hidden = narrow.hidden(x[part])[0]
-        found.update(*([x[part]] if with_inputs else []), hidden, t[part], weights=weights[part])
+        leaves = [narrow.projected("up", x[part])]
+        if block.gate is not None:
+            leaves *= 2
+            leaves[block.activation.gate] = narrow.projected("gate", x[part])
+        hidden = block.region.evaluate(leaves, neuron=0, biased=True)
+        found.update(*([x[part]] if "affine" in narrow.matrices else []), hidden, t[part], weights=weights[part])
     return found
 
 
-def _narrow(block: FFNBlock, fit: NeuronFit, some: Array) -> Narrow | None:
-    """The block as ``fit`` leaves it; None where its activation is not one function of one number.
-
-    Args:
-        some: inputs ``[n, d_model]``, which say how far the activation's table must reach.
-    """
+def _narrow(block: FFNBlock, fit: NeuronFit, function: Callable[[Array], Array]) -> Narrow:
+    """The block as ``fit`` leaves it."""
     held: Matrices = {"down": fit.matrix.astype(np.float32), "offset": fit.offset.astype(np.float32)}
     if fit.affine is not None:
         held["affine"] = fit.affine.astype(np.float32)
@@ -217,31 +245,27 @@ def _narrow(block: FFNBlock, fit: NeuronFit, some: Array) -> Narrow | None:
                                 else bias[fit.neurons].astype(np.float32))
         if projection.linear.bias is None:
             fixed.add(f"{name}_bias")
-    acting = "up" if block.gate is None else "gate"
-    before = some @ held[acting] + held[f"{acting}_bias"]
-    reach = 1.5 * float(np.abs(before[np.isfinite(before)]).max(initial=1.0)) + 1
-    function = _activation(block)
-    return None if function is None else Narrow(held, Curve(function, -reach, reach), frozenset(fixed))
+    return Narrow(held, Curve(function, -_REACH, _REACH), frozenset(fixed))
 
 
 def _activation(block: FFNBlock) -> Callable[[Array], Array] | None:
-    """``act`` in ``h = act(z)`` or ``h = act(g) · u``; None where the neurons differ, or h is no such product."""
-    neurons = (0, block.d_ff // 2, block.d_ff - 1)
+    """``act`` in ``h = act(z)`` or ``h = act(g) · u``; None where the neurons differ, or h is no such product near zero."""
 
-    def at(z: Array, u: float, neuron: int) -> Array:
+    def at(z: Array, u: float, neuron: int | None = 0) -> Array:
         leaves = [z]
         if block.gate is not None:
             leaves = [np.full_like(z, u)] * 2
             leaves[block.activation.gate] = z
         return np.broadcast_to(block.region.evaluate(leaves, neuron=neuron, biased=True), z.shape)
 
-    tried = [at(_TRIED, 1.0, neuron) for neuron in neurons]
-    if not all(np.isfinite(each).all() and np.allclose(each, tried[0], rtol=1e-5, atol=1e-7) for each in tried):
+    first = at(_TRIED, 1.0)
+    each = at(np.repeat(_TRIED[:, None], block.d_ff, axis=1), 1.0, None)
+    if not np.isfinite(first).all() or not np.allclose(each, first[:, None], rtol=1e-5, atol=1e-7):
         return None
-    if block.gate is not None and not all(np.allclose(at(_TRIED, u, 0), u * tried[0], rtol=1e-4, atol=1e-6)
+    if block.gate is not None and not all(np.allclose(at(_TRIED, u), u * first, rtol=1e-4, atol=1e-6)
                                           for u in (-2.0, 0.0, 3.0)):
         return None
-    return lambda z: at(z, 1.0, 0)
+    return lambda z: at(z, 1.0)
 
 
 def _projections(block: FFNBlock, fit: NeuronFit, held: Matrices) -> tuple[tuple[Array, Array | None], ...]:

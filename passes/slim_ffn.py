@@ -123,7 +123,7 @@ class SlimFFN(BlockPass):
         context.memo[_UNMOVED] = {}
         with Streams(model, context, self.vary) as streams:
             result = super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
-        left: dict[int, str | None] = context.memo.pop(_UNMOVED)
+        left: dict[int, str] = context.memo.pop(_UNMOVED)
         notes = [f"the neurons of block {index} were not moved: {reason}" for index, reason in left.items() if reason]
         return dataclasses.replace(result, notes=tuple(notes))
 
@@ -181,13 +181,19 @@ class SlimFFN(BlockPass):
 
     def _refined(self, block: FFNBlock, evidence: Evidence, fit: NeuronFit, keep: KeptRows, context: Context) -> NeuronFit:
         """``fit`` with its neurons moved, where that helps; why not is kept for :meth:`run`."""
-        reason: str | None = "no token is held out"
-        if evidence.fit.rows and evidence.held_out.rows:
-            everything = self._features(block, evidence)
-            alone = Features.of(evidence.fit, everything.prior, everything.inputs)
-            start = refit(alone, fit.neurons, fit.ridge, fit.error)
-            fit, reason = refined(block, start, fit, keep, self.refine,
-                                  lambda message: context.progress(f"{self.name}: block {block.index}, {message}"))
+        held = None if context.resume is None else context.resume.load_arrays()
+        if held is not None:
+            fit, reason = NeuronFit.of_arrays(held), str(held["reason"])
+        else:
+            reason = "no token is held out"
+            if evidence.fit.rows and evidence.held_out.rows:
+                everything = self._features(block, evidence)
+                alone = Features.of(evidence.fit, everything.prior, everything.inputs)
+                start = refit(alone, fit.neurons, fit.ridge, fit.error)
+                fit, reason = refined(block, start, fit, keep, self.refine,
+                                      lambda message: context.progress(f"{self.name}: block {block.index}, {message}"))
+            if context.resume is not None:
+                context.resume.save_arrays({**fit.to_arrays(), "reason": np.asarray(reason)})
         context.memo.setdefault(_UNMOVED, {})[block.index] = reason
         return fit
 

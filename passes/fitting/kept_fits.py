@@ -41,11 +41,7 @@ class Fits:
         """The fit of ``block`` with ``width`` neurons; None where it was not made yet."""
         try:
             with np.load(self._file(block, width), allow_pickle=False) as held:
-                there = {name: held[name] for name in held.files}
-                projections = tuple((there[f"matrix_{leaf}"], there.get(f"bias_{leaf}")) for leaf in range(2)
-                                    if f"matrix_{leaf}" in there)
-                return NeuronFit(there["neurons"], there["matrix"], there.get("affine"), there["offset"],
-                                 float(there["ridge"]), float(there["error"]), projections)
+                return NeuronFit.of_arrays({name: held[name] for name in held.files})
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
@@ -53,13 +49,9 @@ class Fits:
         """Keep a fit; the blocks after this one are fitted on what it gives."""
         file = self._file(block, width)
         if not file.exists():
-            arrays = {"neurons": fit.neurons, "matrix": fit.matrix, "offset": fit.offset, "ridge": np.asarray(fit.ridge),
-                      "error": np.asarray(fit.error), **({} if fit.affine is None else {"affine": fit.affine})}
-            for leaf, (matrix, bias) in enumerate(fit.projections):
-                arrays |= {f"matrix_{leaf}": matrix, **({} if bias is None else {f"bias_{leaf}": bias})}
             partial = file.with_suffix(f".part{os.getpid()}")
             with partial.open("wb") as opened:
-                np.savez(opened, allow_pickle=False, **arrays)
+                np.savez(opened, allow_pickle=False, **fit.to_arrays())
             os.replace(partial, file)
         self._before.append((block.index, width))
 

@@ -13,6 +13,7 @@ docs/approximations.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,21 @@ class NeuronFit:
     ridge: float
     error: float
     projections: tuple[tuple[Array, Array | None], ...] = ()
+
+    def to_arrays(self) -> dict[str, Array]:
+        """What it holds, for a file."""
+        arrays = {"neurons": self.neurons, "matrix": self.matrix, "offset": self.offset, "ridge": np.asarray(self.ridge),
+                  "error": np.asarray(self.error), **({} if self.affine is None else {"affine": self.affine})}
+        for leaf, (matrix, bias) in enumerate(self.projections):
+            arrays |= {f"matrix_{leaf}": matrix, **({} if bias is None else {f"bias_{leaf}": bias})}
+        return arrays
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> NeuronFit:
+        """The one that gave ``arrays``; KeyError where one is missing."""
+        leaves = sorted(name.removeprefix("matrix_") for name in arrays if name.startswith("matrix_"))
+        return cls(arrays["neurons"], arrays["matrix"], arrays.get("affine"), arrays["offset"], float(arrays["ridge"]),
+                   float(arrays["error"]), tuple((arrays[f"matrix_{leaf}"], arrays.get(f"bias_{leaf}")) for leaf in leaves))
 
 
 def choose_ridge(fit: Features, held_out: Features | None, neurons: Indices) -> tuple[float, float]:

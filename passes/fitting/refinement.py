@@ -116,8 +116,8 @@ class Narrow:
 
 
 def refined(block: FFNBlock, start: NeuronFit, fit: NeuronFit, rows: KeptRows, passes: int,
-            progress: Callable[[str], None] = lambda message: None) -> tuple[NeuronFit, str | None]:
-    """``fit`` with its neurons moved, or as it is and the reason: on tokens held out that is not better, or it cannot be.
+            progress: Callable[[str], None] = lambda message: None) -> tuple[NeuronFit, str]:
+    """``fit`` with its neurons moved and "", or as it is and the reason: it is not better on tokens held out, or cannot be.
 
     Args:
         start: the closed form on the tokens to fit to alone, where the descent begins; has at least one neuron.
@@ -153,7 +153,7 @@ def refined(block: FFNBlock, start: NeuronFit, fit: NeuronFit, rows: KeptRows, p
             found = refit(Features.of(everything, prior, inputs), everyone, ridge, error)
     except np.linalg.LinAlgError:
         return fit, "the moved neurons have no finite moments"
-    return dataclasses.replace(found, neurons=fit.neurons, projections=_projections(block, fit, held)), None
+    return dataclasses.replace(found, neurons=fit.neurons, projections=_projections(block, fit, held)), ""
 
 
 def _joined(held: Matrices) -> Array:

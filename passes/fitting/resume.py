@@ -1,7 +1,7 @@
-"""Moments that a run has finished with, kept in a folder, so that the same run started again goes on from there.
+"""What a run has finished with (moments, moved neurons), kept in a folder, so that the same run started again goes on there.
 
 The folder holds one folder a run, named by a hash of all that its numbers depend on: the model, the plan, the feeds, how ONNX
-Runtime runs, and the versions. In it the moments that the fits asked for are numbered in order. The model is gone through all
+Runtime runs, and the versions. In it what the fits asked for is numbered in order. The model is gone through all
 the same, in the same pieces, so that what comes after is computed from the same bits; what is saved is the multiplying, which is
 most.
 """
@@ -51,17 +51,28 @@ class Resume:
 
     def load(self, count: int) -> list[Scatter] | None:
         """The next moments in order, ``count`` of them together; None where they are not there whole."""
-        self._number += 1
         names = Scatter().to_arrays()
-        try:
-            with np.load(self._file(), allow_pickle=False) as held:
-                return [Scatter.of_arrays({name: held[f"{name}{part}"] for name in names}) for part in range(count)]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        held = self.load_arrays()
+        if held is None or any(f"{name}{part}" not in held for name in names for part in range(count)):
             return None
+        return [Scatter.of_arrays({name: held[f"{name}{part}"] for name in names}) for part in range(count)]
 
     def save(self, *moments: Scatter) -> None:
         """Keep what was last asked for."""
-        arrays = {f"{name}{part}": array for part, each in enumerate(moments) for name, array in each.to_arrays().items()}
+        self.save_arrays({f"{name}{part}": array for part, each in enumerate(moments)
+                          for name, array in each.to_arrays().items()})
+
+    def load_arrays(self) -> dict[str, Any] | None:
+        """What else is next in order, by name; None where it is not there whole."""
+        self._number += 1
+        try:
+            with np.load(self._file(), allow_pickle=False) as held:
+                return {name: held[name] for name in held.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Keep what was last asked for."""
         partial = self._file().with_suffix(".part")
         with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)

@@ -38,7 +38,7 @@ from .short_search import short_search
 @click.option("--report", "report_folder", type=options.PATH, metavar="DIR",
               help="Write report.html, report.json, report.md and plan.yaml.")
 @click.option("--cache", type=options.PATH, metavar="DIR",
-              help="Keep moments there: the same command, killed and started again, goes on from them.")
+              help="Keep moments and moved neurons there: the same command, killed and started again, goes on from them.")
 @options.as_json()
 def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path | None, data: Path | None, synthetic: bool,
             target: str, provider: str, use_tf32: bool, allow_cpu: bool, threads: int | None, max_drift: tuple[str, ...],

@@ -30,11 +30,11 @@ _BATCH = 512  # tokens a step
 _RISE = 20  # steps until the rate is reached
 _MEMORY = (0.9, 0.99)  # of Adam's two running means
 _CELLS, _REACH = 1 << 14, 64.0  # of the table of an activation: how many, and how far on either side
-_AT_ONCE = 4096  # tokens whose neurons are in memory together
-_TRIED = np.linspace(-4, 4, 33)
+_AT_ONCE = 2048  # tokens whose neurons are in memory together
+_TRIED, _PROBED = np.linspace(-4, 4, 33), 100.0  # where act(z) · u is tried: z, and how far u
 
 
-class Curve:
+class ActivationTable:
     """An activation and its slope, from a table with straight lines between, continued straight beyond its ends.
 
     Args:
@@ -73,7 +73,7 @@ class Narrow:
     """
 
     matrices: Matrices
-    curve: Curve
+    curve: ActivationTable
     fixed: frozenset[str] = frozenset()
 
     def projected(self, name: str, x: Array) -> Array:
@@ -218,17 +218,31 @@ def _matrix_of(name: str) -> str:
 
 
 def _moments(block: FFNBlock, narrow: Narrow, x: Array, t: Array, weights: Array) -> Scatter:
-    """Of [x, h, t], or [h, t] where there is no affine part; h as the block's own nodes compute it."""
+    """Of [x, h, t], or [h, t] where there is no affine part."""
     found = Scatter()
     for start in range(0, len(x), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        leaves = [narrow.projected("up", x[part])]
-        if block.gate is not None:
-            leaves *= 2
-            leaves[block.activation.gate] = narrow.projected("gate", x[part])
-        hidden = block.region.evaluate(leaves, neuron=0, biased=True)
-        found.update(*([x[part]] if "affine" in narrow.matrices else []), hidden, t[part], weights=weights[part])
+        found.update(*([x[part]] if "affine" in narrow.matrices else []), _hidden(block, narrow, x[part]), t[part],
+                     weights=weights[part])
     return found
+
+
+def _hidden(block: FFNBlock, narrow: Narrow, x: Array) -> Array:
+    """``h [n, k]``, of tokens for which the table or the product is not known to hold as the block's own nodes compute it."""
+    gated = block.gate is not None
+    up = narrow.projected("up", x)
+    acting = narrow.projected("gate", x) if gated else up
+    value, _ = narrow.curve(acting)
+    beyond = ~(np.abs(acting) <= _REACH).all(axis=1)
+    if gated:
+        value *= up
+        beyond |= ~(np.abs(up) <= _PROBED).all(axis=1)
+    if beyond.any():
+        leaves = [up[beyond]] * (2 if gated else 1)
+        if gated:
+            leaves[block.activation.gate] = acting[beyond]
+        value[beyond] = block.region.evaluate(leaves, neuron=0, biased=True)
+    return value
 
 
 def _narrow(block: FFNBlock, fit: NeuronFit, function: Callable[[Array], Array]) -> Narrow:
@@ -245,11 +259,11 @@ def _narrow(block: FFNBlock, fit: NeuronFit, function: Callable[[Array], Array])
                                 else bias[fit.neurons].astype(np.float32))
         if projection.linear.bias is None:
             fixed.add(f"{name}_bias")
-    return Narrow(held, Curve(function, -_REACH, _REACH), frozenset(fixed))
+    return Narrow(held, ActivationTable(function, -_REACH, _REACH), frozenset(fixed))
 
 
 def _activation(block: FFNBlock) -> Callable[[Array], Array] | None:
-    """``act`` in ``h = act(z)`` or ``h = act(g) · u``; None where the neurons differ, or h is no such product near zero."""
+    """``act`` in ``h = act(z)`` or ``h = act(g) · u``; None where the neurons differ, or h is no such product."""
 
     def at(z: Array, u: float, neuron: int | None = 0) -> Array:
         leaves = [z]
@@ -263,7 +277,7 @@ def _activation(block: FFNBlock) -> Callable[[Array], Array] | None:
     if not np.isfinite(first).all() or not np.allclose(each, first[:, None], rtol=1e-5, atol=1e-7):
         return None
     if block.gate is not None and not all(np.allclose(at(_TRIED, u), u * first, rtol=1e-4, atol=1e-6)
-                                          for u in (-2.0, 0.0, 3.0)):
+                                          for u in (-_PROBED, -2.0, 0.0, 3.0, _PROBED)):
         return None
     return lambda z: at(z, 1.0)
 

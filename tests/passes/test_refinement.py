@@ -15,7 +15,7 @@ from ffnfold.graph.model import Model
 from ffnfold.passes.base import Context
 from ffnfold.passes.fitting.kept_rows import KeptRows
 from ffnfold.passes.fitting.neuron_fit import NeuronFit
-from ffnfold.passes.fitting.refinement import Curve, Narrow, _activation, _narrow, _projections
+from ffnfold.passes.fitting.refinement import ActivationTable, Narrow, _activation, _hidden, _narrow, _projections
 from ffnfold.passes.slim_ffn import SlimFFN
 from ffnfold.runtime import Feeds
 from rewriting import feeds_of, rewrite
@@ -134,7 +134,7 @@ def test_gradients_are_what_differences_say(gated, affine):
     held = {name: random.standard_normal(shape) for name, shape in {
         "up": (5, 7), "up_bias": (7,), "down": (7, 3), "offset": (3,), **({"gate": (5, 7), "gate_bias": (7,)} if gated else {}),
         **({"affine": (5, 3)} if affine else {})}.items()}
-    narrow = Narrow(held, Curve(np.tanh, -12, 12))
+    narrow = Narrow(held, ActivationTable(np.tanh, -12, 12))
     x, t, weights = random.standard_normal((11, 5)), random.standard_normal((11, 3)), random.random(11)
 
     def loss() -> float:
@@ -155,7 +155,7 @@ def test_gradients_are_what_differences_say(gated, affine):
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh", "mish"])
 def test_the_table_of_an_activation(name):
-    curve = Curve(KNOWN[name], -20, 20)
+    curve = ActivationTable(KNOWN[name], -20, 20)
     z = np.random.default_rng(0).uniform(-30, 30, (40, 50)).astype(np.float32)
     value, slope = curve(z)
     assert np.abs(value - KNOWN[name](z)).max() < 2e-4
@@ -232,15 +232,30 @@ def test_a_token_beyond_all_measure_stops_no_run(tmp_path, size):
     assert np.isfinite(run(model, X)["y"]).all()
 
 
-def test_a_clipped_branch_is_judged_by_what_the_block_computes(tmp_path):
-    """The descent takes h for act(g) · u; beyond the clip it is not, and what counts is the block's own h."""
+@pytest.mark.parametrize("bound", [4, 300])
+def test_a_clipped_branch(tmp_path, bound):
+    """h is act(g) · u only within the bounds: near ones are found out, and far ones are judged by the block's own h."""
     s = Sketch()
     x = s.input("x", ["batch", "tokens", D])
-    up = s.op("Clip", s.op("MatMul", x, s.weight(4 * s.numbers(D, FF))), s.number(-4), s.number(4))
+    up = s.op("Clip", s.op("MatMul", x, s.weight(bound * s.numbers(D, FF))), s.number(-bound), s.number(bound))
     hidden = s.op("Mul", s.activation("silu", s.linear(x, D, FF)), up)
     s.op("Add", x, s.linear(hidden, FF, D), out=s.output("y"))
-    before, errors = run(s.model(), X), {}
+    before, errors, notes = run(s.model(), X), {}, ()
     for refine in (0, 40):
-        model, _ = rewrite(s, tmp_path, f"slim-ffn:keep=8,affine=false,multiple=1,refine={refine}", fit=FIT)
-        errors[refine] = drift(before, run(model, X))
+        model, [result] = rewrite(s, tmp_path, f"slim-ffn:keep=8,affine=false,multiple=1,refine={refine}", fit=FIT)
+        errors[refine], notes = drift(before, run(model, X)), result.notes
     assert errors[40] <= 1.02 * errors[0]
+    assert bound > 100 or "no function of one number" in notes[0]
+
+
+def test_tokens_beyond_the_table_have_the_hidden_values_of_the_block(tmp_path):
+    [block] = find_ffn_blocks(Model.load(transformer(1, activation="relu2", pre_norm=False).save(tmp_path / "before.onnx")))
+    neurons = np.arange(FF)
+    function = _activation(block)
+    assert function is not None
+    narrow = _narrow(block, NeuronFit(neurons, block.down.weight(), None, np.zeros(D), 0.0, 0.0), function)
+    x = np.random.default_rng(0).standard_normal((50, D)).astype(np.float32) * np.where(np.arange(50) % 7 == 0, 1000, 1)[:, None]
+    x = x.astype(np.float32)
+    z = x.astype(np.float64) @ block.up.weight() + block.up.bias()
+    assert np.abs(z).max() > 200
+    assert np.allclose(_hidden(block, narrow, x), np.maximum(z, 0) ** 2, rtol=1e-4, atol=1e-3)

@@ -59,3 +59,9 @@ def test_what_does_not_fit_together_is_an_error(data):
         scatter.update(x)
     with pytest.raises(ValueError, match="weights"):
         scatter.update(x, y, weights=-weights)
+
+
+def test_the_mean_of_a_few_rows_that_still_wait():
+    scatter = Scatter()
+    scatter.update(np.array([[1, 2], [3, 6]], np.float32), weights=np.array([1.0, 3.0]))
+    np.testing.assert_allclose(scatter.mean, [2.5, 5])

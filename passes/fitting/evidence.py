@@ -7,15 +7,17 @@ The target of a block is what brings the residual stream back to where the origi
     target=own      t = y, what the block gives now
     target=sum      t = r_original + y_original
 
-so that a block also makes good what the rewritten blocks before it did wrong. Where a norm or a scale lies between the
-block and the residual Add, or the feeds take another way through the rewritten model (a router), ``stream`` cannot be
-stated in y, and the target is y_original, or what the block itself gives now.
+so that a block also makes good what the rewritten blocks before it did wrong. Where a scale λ lies between the block and the
+residual Add, (r_original − r_now) / λ is added to y_original; where a norm does, what moves its output by as much, to first
+order (see :mod:`branch`). Where something else does, or the feeds take another way through the rewritten model (a router),
+``stream`` cannot be stated in y, and the target is y_original, or what the block itself gives now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 from ...runtime import Scatter
 from ..base import Context
+from .branch import Branch, branch_of, damped, reading
 from .bypass import is_pure_branch
 from .kept_rows import KeptRows
 from .stream import Stream
@@ -84,6 +87,7 @@ class Streams:
         self._now = Stream(model, feeds, context)
         original, self._residuals = _original(model, context)
         self._original = Stream(original, feeds, context)
+        self._model, self._first = model, original
 
     def __enter__(self) -> Streams:
         return self
@@ -137,6 +141,23 @@ class Streams:
             self._resume.save(found.fit, found.held_out, found.beside)
         return found
 
+    @cached_property
+    def _readers(self) -> dict[str, Array | None]:
+        """Output of each block of the original model → how much each channel of the stream counts for what it reads."""
+        blocks = [block for block in find_ffn_blocks(self._first.copy()) if block.path == "main"]
+        return dict(zip([block.output.name for block in blocks], reading(self._first, blocks), strict=True))
+
+    def _branch(self, block: FFNBlock) -> Branch | None:
+        """What lies between ``block`` and the residual Add, seen from the blocks behind it (or itself, if it is the last)."""
+        branch = branch_of(self._model, block)
+        if branch is None or branch.kind == "scale":
+            return branch
+        names = list(self._readers)
+        place = names.index(block.output.name) if block.output.name in names else len(names)
+        counts = [self._readers[name] for name in names[place + 1:] or names[place:]]
+        known = [each for each in counts if each is not None and len(each) == block.d_out]
+        return damped(branch, np.mean(known, axis=0) if known else np.ones(block.d_out))
+
     def tokens(self, block: FFNBlock, tensors: Sequence[gs.Tensor], axes: Sequence[int],
                weight: str) -> Iterator[tuple[list[Array], Array]]:
         """For each feed the values of ``tensors`` as they are now, ``[rows, features]`` each, and the weights of the rows.
@@ -159,7 +180,9 @@ class Streams:
               more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"
-        to_stream = target in ("stream", "sum") and pure and block.join.direct and not has_branch_norm(block)
+        branch = self._branch(block) if pure else None
+        plain = block.join.direct and not has_branch_norm(block)
+        to_stream = pure and (plain if target == "sum" else target == "stream" and (plain or branch is not None))
         axis = block.axis
         now = [*([block.input] if inputs else []), *([block.hidden] if neurons else []), *more]
         count = len(now)
@@ -180,10 +203,13 @@ class Streams:
             return
         originals = self._original.rows(before, [axis] * len(before), [block.hidden.name])
         for values, (y, *others) in zip(currents, originals, strict=True):
-            t = y
+            t, added, beside = y, y, others
             if to_stream and others[0].shape == y.shape == values[-1].shape:
-                t = y + (others[0].astype(np.float64) - (values[-1] if target == "stream" else 0))
-            yield values[:count], y, t, token_weights(block, y, others, weight)
+                missing = others[0].astype(np.float64) - (values[-1] if target == "stream" else 0)
+                t = y + missing if branch is None else branch.towards(y, missing)
+                if branch is not None:
+                    added, beside = branch.in_stream(y, others)
+            yield values[:count], y, t, token_weights(block, added, beside, weight)
 
 
 def _original(model: Model, context: Context) -> tuple[Model, dict[str, str]]:

@@ -1,0 +1,143 @@
+"""What lies between a block and the residual Add: a scale for each channel (LayerScale), or a norm.
+
+    scale:   b = λ ∘ y + β
+    rms:     b = λ ∘ y / rms(y) + β
+    layer:   b = λ ∘ (y − mean(y)) / std(y) + β
+
+Which of the three it is, and λ, is read off what the nodes between make of numbers drawn at random, so it does not matter how
+they are spelled. So is γ of the norms that later blocks read the residual stream through:  x = γ ∘ r / size of r.
+
+Source: LayerScale, arXiv 2103.17239; norms behind sublayers, arXiv 2105.13290.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from ...graph.block import FFNBlock
+from ...graph.errors import InputError
+from ...graph.model import Model
+from ...graph.types import numpy_type
+from ...runtime import open_session
+from .bypass import is_pure_branch
+
+Array = npt.NDArray[Any]
+Kind = Literal["scale", "rms", "layer"]
+_TOKENS = 48  # drawn
+_AS_GOOD = 1e-2  # of the branch's size: how far it may be from what one of the three gives
+_SMALLEST = 1e-3  # of the root mean square of λ: smaller entries are taken for this
+_DAMPED = 0.01  # of the mean over channels of how much they count: one that counts less is not wholly brought back
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What the residual Add receives of y.
+
+    Attributes:
+        kind: which of the three.
+        scale: λ ``[d_out]``, nowhere zero.
+        part: ``[d_out]``, how much of what the stream lacks the branch is to make good.
+    """
+
+    kind: Kind
+    scale: Array
+    part: Array
+
+    def towards(self, y: Array, missing: Array) -> Array:
+        """y ``[n, d_out]`` moved so that the branch moves by ``missing [n, d_out]``, or that part of it.
+
+        Behind a norm the first order alone is looked at: the length of y, and its mean behind one that centres, change nothing.
+        """
+        moved = missing / self.scale * self.part
+        if self.kind == "scale":
+            return y + moved
+        straight = y.astype(np.float64)
+        if self.kind == "layer":
+            moved -= moved.mean(axis=1, keepdims=True)
+            straight = straight - straight.mean(axis=1, keepdims=True)
+        square = (straight ** 2).mean(axis=1, keepdims=True) + 1e-30
+        along = (moved * straight).mean(axis=1, keepdims=True) / square
+        return y + np.sqrt(square) * (moved - along * straight)
+
+    def in_stream(self, y: Array, others: list[Array]) -> tuple[Array, list[Array]]:
+        """Of y and the residual, what the next norm reads the sum of: one right behind the block reads y alone."""
+        return (y * self.scale, others) if self.kind == "scale" else (y, [])
+
+
+def branch_of(model: Model, block: FFNBlock) -> Branch | None:
+    """What lies between ``block`` and the residual Add; None where it is nothing or none of the three, or cannot be measured."""
+    if block.join.direct or not is_pure_branch(block):
+        return None
+    return _between(model, block, block.output, block.join.branch, block.d_out)
+
+
+def damped(branch: Branch, counts: Array) -> Branch:
+    """``branch`` with a norm that makes good less where the channel counts little for it: there it would take a large change.
+
+    Args:
+        counts: of a channel of the stream for what reads it, ``[d_out]``; see :func:`reading`.
+    """
+    weight = branch.scale ** 2 * counts
+    return dataclasses.replace(branch, part=weight / (weight + _DAMPED * weight.mean()))
+
+
+def reading(model: Model, blocks: Iterable[FFNBlock]) -> list[Array | None]:
+    """For each of ``blocks`` how much each channel of the stream counts in what it reads.
+
+    That is ``γ_j² ‖W_j‖²``, W what multiplies its input, with a mean of 1; None where it does not read the stream through a norm.
+    """
+    found: list[Array | None] = []
+    for block in blocks:
+        norm = _between(model, block, block.join.residual, block.input, block.d_model)
+        if norm is None or block.experts != 1 or block.join.residual is block.input:
+            found.append(None)
+            continue
+        projections = [block.up, *([block.gate] if block.gate else [])]
+        weight = sum((each.weight().astype(np.float64) ** 2).sum(axis=1) for each in projections)
+        counts = norm.scale ** 2 * weight
+        found.append(counts / counts.mean())
+    return found
+
+
+def _between(model: Model, block: FFNBlock, first: gs.Tensor, last: gs.Tensor, width: int) -> Branch | None:
+    """Which of the three ``last [*, width]`` is of ``first``, if of that alone."""
+    if block.axis != -1 or block.graph is not model.graph:
+        return None
+    rank = len(first.shape) if first.shape else 3
+    random = np.random.default_rng(0)
+    drawn = random.standard_normal((_TOKENS, width)) * np.exp(random.uniform(-1, 1, (_TOKENS, 1))) + 0.1
+    kind = block.onnx_type
+    given = drawn.astype(numpy_type(kind))
+    try:
+        session = open_session(model, outputs=[last.name], inputs={first.name: kind})
+        if [spec.name for spec in session.inputs] != [first.name]:
+            return None
+        result = session.run({first.name: given.reshape(*[1] * (rank - 2), *given.shape)}, [last.name])[last.name]
+    except InputError:
+        return None
+    if result.size != given.size:
+        return None
+    return _read(given.astype(np.float64), result.reshape(given.shape).astype(np.float64))
+
+
+def _read(y: Array, branch: Array) -> Branch | None:
+    centred = y - y.mean(axis=1, keepdims=True)
+    tried: dict[Kind, Array] = {"scale": y, "rms": y / np.sqrt((y ** 2).mean(axis=1, keepdims=True)),
+                                "layer": centred / centred.std(axis=1, keepdims=True)}
+    moves = branch - branch.mean(axis=0)
+    for kind, given in tried.items():
+        apart = given - given.mean(axis=0)
+        scale = (apart * moves).sum(axis=0) / (apart ** 2).sum(axis=0)
+        left, size = moves - apart * scale, float(np.sqrt((scale ** 2).mean()))
+        if size > 0 and np.isfinite(left).all() and np.abs(left).max() <= _AS_GOOD * np.abs(moves).max():
+            floor = _SMALLEST * size
+            scale = np.where(np.abs(scale) < floor, np.where(scale < 0, -floor, floor), scale)
+            return Branch(kind, scale, np.ones(len(scale)))
+    return None

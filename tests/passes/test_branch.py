@@ -1,0 +1,131 @@
+"""What lies between a block and the residual Add: which of the three, λ, and blocks that make good what is wrong through it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ffn_graphs import Sketch, drift, run, transformer
+from ffnfold.graph.ffn import find_ffn_blocks
+from ffnfold.graph.model import Model
+from ffnfold.passes.fitting.branch import Branch, branch_of, damped, reading
+from rewriting import feeds_of, rewrite
+
+D, FF = 8, 32
+FIT = feeds_of((8, 16, D), 20, seed=11)
+[X] = feeds_of((4, 9, D))
+SCALE = np.array([-2, -1, -0.5, 0.25, 0.5, 1, 2, 3], np.float32)
+
+
+def layer_scale(s: Sketch, y: str, out: str | None = None) -> str:
+    return s.op("Mul", s.weight(SCALE.astype(s.dtype)), y, out=out)
+
+
+def layer_norm(s: Sketch, y: str, out: str | None = None) -> str:
+    return s.op("LayerNormalization", y, s.weight(SCALE.astype(s.dtype)), s.weight(s.numbers(D)), axis=-1, epsilon=1e-5, out=out)
+
+
+def rms_norm(s: Sketch, y: str, out: str | None = None) -> str:
+    mean = s.op("ReduceMean", s.op("Pow", y, s.number(2)), axes=[-1], keepdims=1)
+    size = s.op("Sqrt", s.op("Add", mean, s.number(1e-6)))
+    return s.op("Mul", s.op("Div", y, size), s.weight(SCALE.astype(s.dtype)), out=out)
+
+
+BETWEEN = {"scale": layer_scale, "layer": layer_norm, "rms": rms_norm}
+
+
+def one_block(kind: str, dtype: type = np.float32) -> Sketch:
+    s = Sketch(dtype=dtype)
+    x = s.input("x", ["batch", "tokens", D])
+    s.op("Add", x, BETWEEN[kind](s, s.ffn(s.norm(x, D), D, FF, activation="gelu")), out=s.output("y"))
+    return s
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_the_kind_and_the_scale_are_read_off_however_it_is_spelled(tmp_path, kind, dtype):
+    model = Model.load(one_block(kind, dtype).save(tmp_path / "m.onnx"))
+    [block] = find_ffn_blocks(model)
+    branch = branch_of(model, block)
+    assert branch is not None
+    assert branch.kind == kind
+    np.testing.assert_allclose(branch.scale, SCALE, rtol=1e-4 if dtype is np.float32 else 2e-2)
+
+
+def test_nothing_between_is_none(tmp_path):
+    model = Model.load(transformer(1).save(tmp_path / "m.onnx"))
+    [block] = find_ffn_blocks(model)
+    assert branch_of(model, block) is None
+
+
+def test_what_is_none_of_the_three_is_none(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    y = s.ffn(x, D, FF, activation="gelu")
+    norm = s.op("Div", y, s.op("Sqrt", s.op("ReduceMean", s.op("Abs", y), axes=[-1], keepdims=1)))
+    s.op("Add", x, norm, out=s.output("y"))
+    model = Model.load(s.save(tmp_path / "m.onnx"))
+    [block] = find_ffn_blocks(model)
+    assert branch_of(model, block) is None
+
+
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_the_branch_moves_as_asked(kind):
+    """To first order; behind a norm, but for what would change the length (and the mean) alone, which it cannot give."""
+    random = np.random.default_rng(0)
+    scale = SCALE.astype(np.float64)
+    y, missing = random.standard_normal((5, D)), 1e-5 * random.standard_normal((5, D))
+
+    def gives(value):
+        if kind == "layer":
+            value = value - value.mean(axis=1, keepdims=True)
+        size = 1 if kind == "scale" else np.sqrt((value ** 2).mean(axis=1, keepdims=True))
+        return scale * value / size
+
+    moved = gives(Branch(kind, scale, np.ones(D)).towards(y, missing)) - gives(y)
+    steps = np.stack([gives(y + 1e-5 * np.eye(D)[i]) - gives(y) for i in range(D)], axis=1)  # what it can give
+    for token in range(5):
+        reached = moved[token] / scale
+        possible = (steps[token] / scale).T @ np.linalg.lstsq((steps[token] / scale).T, missing[token] / scale, rcond=1e-3)[0]
+        np.testing.assert_allclose(reached, possible, rtol=1e-3, atol=1e-9)
+
+
+def test_a_norm_makes_good_less_where_it_would_take_more():
+    branch = damped(Branch("rms", np.array([10.0, 1.0, 0.01]), np.ones(3)), np.ones(3))
+    assert branch.part[0] > 0.9 > 0.1 > branch.part[2]
+
+
+def test_reading_is_the_square_of_gamma_and_of_the_weights(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    up = s.numbers(D, FF)
+    normed = s.op("LayerNormalization", x, s.weight(SCALE.astype(s.dtype)), s.weight(s.numbers(D)), axis=-1, epsilon=1e-5)
+    y = s.linear(s.activation("gelu", s.op("MatMul", normed, s.weight(up))), FF, D)
+    s.op("Add", x, y, out=s.output("y"))
+    model = Model.load(s.save(tmp_path / "m.onnx"))
+    [counts] = reading(model, find_ffn_blocks(model))
+    expected = SCALE.astype(np.float64) ** 2 * (up.astype(np.float64) ** 2).sum(axis=1)
+    np.testing.assert_allclose(counts, expected / expected.mean(), rtol=1e-4)
+
+
+def test_reading_the_stream_itself_is_none(tmp_path):
+    model = Model.load(transformer(2, pre_norm=False).save(tmp_path / "m.onnx"))
+    assert reading(model, find_ffn_blocks(model)) == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["scale", "rms"])
+def test_a_block_makes_good_what_the_blocks_before_it_did(tmp_path, kind):
+    """Block 1 has the neurons of block 0 once more: towards the original stream it does what block 0 can no longer do."""
+    s = Sketch()
+    x = stream = s.input("x", ["batch", "tokens", D])
+    up, bias, down = s.weight(s.numbers(D, FF)), s.weight(s.numbers(FF)), s.weight(s.numbers(FF, D))
+    for _ in range(2):
+        hidden = s.activation("gelu", s.op("Add", s.op("MatMul", s.op("Add", x, s.op("Mul", stream, s.number(1e-4))), up), bias))
+        stream = s.op("Add", stream, BETWEEN[kind](s, s.op("MatMul", hidden, down)))
+    s.op("Identity", stream, out=s.output("y"))
+    before, errors = run(s.model(), X), {}
+    for target in ("stream", "block"):
+        plan = f"slim-ffn:keep=14,multiple=1,affine=false,refine=0,target={target}"
+        model, [result] = rewrite(s, tmp_path, plan, fit=FIT)
+        assert result.fired == 2
+        errors[target] = drift(before, run(model, X))
+    assert errors["stream"] < 0.9 * errors["block"]

@@ -41,6 +41,7 @@ Array = npt.NDArray[Any]
 Target = Literal["stream", "block", "own"]
 Sum = Literal["sum"]  # what a block gives together with its residual
 HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
+JUDGING = 4  # every fourth of those, beginning with the first, judges what is fitted to the tokens themselves
 
 
 @dataclass
@@ -128,8 +129,9 @@ class Streams:
             position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
             held = position % HELD_OUT == HELD_OUT - 1
             if keep is not None:
-                taken = good if number < self._real else good & ~held
-                keep.add(features[0][taken], t[taken], weights[taken], held[taken])
+                judging = held & (position // HELD_OUT % JUDGING == 0)
+                taken = good if number < self._real else good & ~judging
+                keep.add(features[0][taken], t[taken], weights[taken], judging[taken])
                 features = features if inputs else features[1:]
             if kept:
                 continue

@@ -1,6 +1,7 @@
 """The members of the family of docs/approximations.md, and the baselines that a user would try, at equal FFN parameters.
 
     python benchmarks/approximations.py MODEL FEEDS --json FILE [--left 0.75 0.5 0.25] [--fit N] [--only NAME...]
+    python benchmarks/approximations.py MODEL FEEDS --json FILE --plan PASS...
 
 Of weights with zeros the part ``left`` is not zero, but all stay in the file; a gated block made bilinear keeps all.
 
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--left", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--fit", type=int, help="use this many fitting feeds (default: all)")
     parser.add_argument("--only", nargs="+", help="names of members and baselines")
+    parser.add_argument("--plan", nargs="+", metavar="PASS", help="measure this plan alone, beside what is in FILE")
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu", help="what runs the model")
     arguments = parser.parse_args()
     model = ffnfold.load(arguments.model)
@@ -130,27 +132,35 @@ def main() -> int:
     result: dict[str, Any] = {"model": arguments.model.parent.name, "rows": []}
     if arguments.json.is_file():
         result = json.loads(arguments.json.read_text())
+    as_text = any(spec.name == "logits" for spec in open_session(arguments.model).outputs)
+    if as_text and "base" not in result:
+        result["base"] = next_token_loss(arguments.model, report, arguments.provider)
+    if arguments.plan:
+        row = measure(arguments.model, arguments.plan, (fit, choose, report), result.get("base"), arguments.provider)
+        add(result, {"left": round(row["parameters_left"], 2), "name": " ".join(arguments.plan), "kind": "ours",
+                     "plan": arguments.plan, **row}, arguments.json)
+        return 0
     if "order" not in result:
         context = Context(fit, choose, arguments.provider)
         scores = {block.index: influence(model, block, context) for block in blocks}
         result["order"] = sorted(scores, key=lambda index: scores[index])
-    as_text = any(spec.name == "logits" for spec in open_session(arguments.model).outputs)
-    if as_text and "base" not in result:
-        result["base"] = next_token_loss(arguments.model, report, arguments.provider)
     for left in arguments.left:
         for name, (kind, texts) in plans(blocks, result["order"], left).items():
             known = any(row["left"] == left and row["name"] == name for row in result["rows"])
             if known or (arguments.only and name not in arguments.only):
                 continue
-            result["rows"].append({"left": left, "name": name, "kind": kind, "plan": texts,
-                                   **measure(arguments.model, texts, (fit, choose, report), result.get("base"),
-                                             arguments.provider)})
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-            row = result["rows"][-1]
-            print(f"{left:5.2f}  {name:32s} {row['loss']:8.4f}  {row['parameters_left']:.3f} left", flush=True)
+            row = measure(arguments.model, texts, (fit, choose, report), result.get("base"), arguments.provider)
+            add(result, {"left": left, "name": name, "kind": kind, "plan": texts, **row}, arguments.json)
     show(result)
     return 0
+
+
+def add(result: dict[str, Any], row: dict[str, Any], path: Path) -> None:
+    """Put ``row`` into ``result``, write that and print the row."""
+    result["rows"].append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{row['left']:5.2f}  {row['name']:32s} {row['loss']:8.4f}  {row['parameters_left']:.3f} left", flush=True)
 
 
 def measure(path: Path, texts: list[str], feeds: tuple[Feeds, Feeds, Feeds], base: float | None,

@@ -100,8 +100,8 @@ def reading(model: Model, blocks: Iterable[FFNBlock]) -> list[Array | None]:
             found.append(None)
             continue
         projections = [block.up, *([block.gate] if block.gate else [])]
-        weight = sum((each.weight().astype(np.float64) ** 2).sum(axis=1) for each in projections)
-        counts = norm.scale ** 2 * weight
+        weights = (each.weight().astype(np.float32, copy=False) for each in projections)
+        counts = norm.scale ** 2 * sum(np.einsum("ij,ij->i", each, each) for each in weights)
         found.append(counts / counts.mean())
     return found
 

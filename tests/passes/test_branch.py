@@ -51,6 +51,22 @@ def test_the_kind_and_the_scale_are_read_off_however_it_is_spelled(tmp_path, kin
     np.testing.assert_allclose(branch.scale, SCALE, rtol=1e-4 if dtype is np.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("shape", [[2, 5, D], ["rows", D], [None, None, None, D], None])
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_whatever_shape_the_graph_declares(tmp_path, kind, shape):
+    s = Sketch()
+    x = s.input("x", shape or ["batch", "tokens", D])
+    y = s.ffn(s.norm(x, D), D, FF, activation="gelu", name="ffn")
+    s.op("Add", x, BETWEEN[kind](s, y), out=s.output("y", shape))
+    if shape:
+        s.info(y, shape)
+    model = Model.load(s.save(tmp_path / "m.onnx"))
+    [block] = find_ffn_blocks(model)
+    branch = branch_of(model, block)
+    assert branch is not None
+    assert branch.kind == kind
+
+
 def test_nothing_between_is_none(tmp_path):
     model = Model.load(transformer(1).save(tmp_path / "m.onnx"))
     [block] = find_ffn_blocks(model)

@@ -32,6 +32,7 @@ from .proof.verification import BLOCK_FEEDS, Verification, spread
 from .runner import run_plan
 from .split import Split, divide, load_split
 
+_MADE_UP, _MADE_UP_TO_FIT = 4, 36  # synthetic feeds, where they only report and where two thirds of them are fitted to
 BLOCK_SECONDS = 60.0
 """About how long all blocks together are compared for a report; where that takes longer, on fewer feeds, but one."""
 
@@ -114,7 +115,8 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
-        model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(),
+        made_up = {"ffnfold.feeds": "synthetic"} if fitting is not None and fitting.fit.synthetic else {}
+        model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(), **made_up,
                                   **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}}
         with about(job.model, job.output):
             staged = model.stage(job.output, external=job.external)
@@ -156,9 +158,9 @@ def check_places(job: Job) -> None:
         raise InputError(f"{job.output}: is a folder: give the path of the .onnx file to write")
     if job.limits and job.data is None and not job.synthetic:
         raise InputError("--max-drift needs inputs to measure on: give --data FEEDS (or --synthetic)")
-    if job.plan.needs_feeds and job.data is None:
+    if job.plan.needs_feeds and job.data is None and job.split is None and not job.synthetic:
         raise InputError(f"the pass '{job.plan.needs_feeds[0]}' needs real inputs with these options: "
-                         "give them with --data FEEDS")
+                         "give them with --data FEEDS (or --synthetic, to fit to made-up ones)")
 
 
 def _feeds(job: Job, model: Model) -> Split | None:
@@ -167,7 +169,9 @@ def _feeds(job: Job, model: Model) -> Split | None:
     if job.data is not None:
         return load_split(job.data, input_specs(model), bool(job.plan.needs_feeds))
     if job.synthetic:
-        return divide(synthetic_feeds(input_specs(model), model=model, count=4, provider=job.provider), False)
+        fits = bool(job.plan.needs_feeds)
+        count = _MADE_UP_TO_FIT if fits else _MADE_UP
+        return divide(synthetic_feeds(input_specs(model), model=model, count=count, provider=job.provider), fits)
     return None
 
 
@@ -191,7 +195,8 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     report: dict[str, Any] = {
         "model": str(job.model), "output": str(job.output), "plan": job.plan.entries(),
         "passes": [result.to_json() for result in results], "bytes": {"before": before, "after": after},
-        "feeds": None, "drift": None, "speed": None, "ok": True, "equivalence": None, "notes": []}
+        "feeds": split.fit.kind if split is not None and job.plan.needs_feeds else None,
+        "drift": None, "speed": None, "ok": True, "equivalence": None, "notes": []}
     if split is None or not job.verify:
         report["equivalence"] = exact.report(job.model, staged.temporary, None)
         return report
@@ -246,5 +251,7 @@ def _notes(job: Job, split: Split | None, fired: int, report: dict[str, Any]) ->
         notes.append("one feed only: what was fitted on it is also reported on it")
     if report["feeds"] == "synthetic":
         notes.append("synthetic feeds: the drift on real inputs may be quite another")
+        if job.plan.needs_feeds:
+            notes.append("what was fitted to synthetic feeds is right for those: fit to real ones (--data FEEDS) what you ship")
     return notes
 

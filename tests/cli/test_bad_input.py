@@ -139,10 +139,6 @@ def test_a_pass_that_needs_feeds(refused_and_unchanged, model, text):
     assert "needs real inputs with these options: give them with --data FEEDS" in line
 
 
-def test_made_up_feeds_are_none_to_fit_on(refused_and_unchanged, model):
-    assert "needs real inputs" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "-p", "linearize-ffn", "--synthetic")
-
-
 FEEDS = {
     "missing": (lambda folder: folder / "nowhere", "no such feed"),
     "an empty folder": (lambda folder: made(folder / "empty"), "holds no feed"),

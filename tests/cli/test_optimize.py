@@ -186,6 +186,15 @@ def test_no_verify_measures_nothing(cli, model, feeds):
     assert report["passes"][0]["fired"] == 3
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_fitted_to_synthetic_feeds_is_labelled(cli, model, verify):
+    more = [] if verify else ["--no-verify"]
+    outcome = cli("optimize", model, "-o", "out.onnx", "-p", "linearize-ffn", "--synthetic", "--json", *more)
+    assert outcome.json["passes"][0]["fired"] > 0
+    assert outcome.json["feeds"] == "synthetic"
+    assert any("fitted to synthetic feeds" in note for note in outcome.json["notes"])
+
+
 def test_synthetic_feeds_are_labelled(cli, model):
     outcome = cli("optimize", model, "-o", "out.onnx", "--synthetic", "--json")
     assert outcome.json["feeds"] == "synthetic"

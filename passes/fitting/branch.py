@@ -5,15 +5,13 @@
     layer:   b = λ ∘ (y − mean(y)) / std(y) + β
 
 Which of the three it is, and λ, is read off what the nodes between make of numbers drawn at random, so it does not matter how
-they are spelled. So is γ of the norms that later blocks read the residual stream through:  x = γ ∘ r / size of r.
+they are spelled.
 
 Source: LayerScale, arXiv 2103.17239; norms behind sublayers, arXiv 2105.13290.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +31,7 @@ Kind = Literal["scale", "rms", "layer"]
 _TOKENS = 48  # drawn
 _AS_GOOD = 1e-2  # of the branch's size: how far it may be from what one of the three gives
 _SMALLEST = 1e-3  # of the root mean square of λ: smaller entries are taken for this
-_DAMPED = 0.01  # of the mean over channels of how much they count: one that counts less is not wholly brought back
+_DAMPED = 0.01  # of the mean of λ²: behind a norm, a channel whose λ² is smaller is not wholly brought back
 
 
 @dataclass(frozen=True)
@@ -78,34 +76,6 @@ def branch_of(model: Model, block: FFNBlock) -> Branch | None:
     return _between(model, block, block.output, block.join.branch, block.d_out)
 
 
-def damped(branch: Branch, counts: Array) -> Branch:
-    """``branch`` with a norm that makes good less where the channel counts little for it: there it would take a large change.
-
-    Args:
-        counts: of a channel of the stream for what reads it, ``[d_out]``; see :func:`reading`.
-    """
-    weight = branch.scale ** 2 * counts
-    return dataclasses.replace(branch, part=weight / (weight + _DAMPED * weight.mean()))
-
-
-def reading(model: Model, blocks: Iterable[FFNBlock]) -> list[Array | None]:
-    """For each of ``blocks`` how much each channel of the stream counts in what it reads.
-
-    That is ``γ_j² ‖W_j‖²``, W what multiplies its input, with a mean of 1; None where it does not read the stream through a norm.
-    """
-    found: list[Array | None] = []
-    for block in blocks:
-        norm = _between(model, block, block.join.residual, block.input, block.d_model)
-        if norm is None or block.experts != 1 or block.join.residual is block.input:
-            found.append(None)
-            continue
-        projections = [block.up, *([block.gate] if block.gate else [])]
-        weights = (each.weight().astype(np.float32, copy=False) for each in projections)
-        counts = norm.scale ** 2 * sum(np.einsum("ij,ij->i", each, each) for each in weights)
-        found.append(counts / counts.mean())
-    return found
-
-
 def _between(model: Model, block: FFNBlock, first: gs.Tensor, last: gs.Tensor, width: int) -> Branch | None:
     """Which of the three ``last [*, width]`` is of ``first``, if of that alone."""
     if block.axis != -1 or block.graph is not model.graph:
@@ -139,5 +109,7 @@ def _read(y: Array, branch: Array) -> Branch | None:
         if size > 0 and np.isfinite(left).all() and np.abs(left).max() <= _AS_GOOD * np.abs(moves).max():
             floor = _SMALLEST * size
             scale = np.where(np.abs(scale) < floor, np.where(scale < 0, -floor, floor), scale)
-            return Branch(kind, scale, np.ones(len(scale)))
+            square = scale ** 2
+            part = np.ones(len(scale)) if kind == "scale" else square / (square + _DAMPED * square.mean())
+            return Branch(kind, scale, part)
     return None

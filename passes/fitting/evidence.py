@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from ...graph.ffn import find_ffn_blocks
 from ...graph.model import Model
 from ...runtime import Scatter
 from ..base import Context
-from .branch import Branch, branch_of, damped, reading
+from .branch import branch_of
 from .bypass import is_pure_branch
 from .kept_rows import KeptRows
 from .stream import Stream
@@ -88,7 +87,7 @@ class Streams:
         self._now = Stream(model, feeds, context)
         original, self._residuals = _original(model, context)
         self._original = Stream(original, feeds, context)
-        self._model, self._first = model, original
+        self._model = model
 
     def __enter__(self) -> Streams:
         return self
@@ -143,23 +142,6 @@ class Streams:
             self._resume.save(found.fit, found.held_out, found.beside)
         return found
 
-    @cached_property
-    def _readers(self) -> dict[str, Array | None]:
-        """Output of each block of the original model → how much each channel of the stream counts for what it reads."""
-        blocks = [block for block in find_ffn_blocks(self._first.copy()) if block.path == "main"]
-        return dict(zip([block.output.name for block in blocks], reading(self._first, blocks), strict=True))
-
-    def _branch(self, block: FFNBlock) -> Branch | None:
-        """What lies between ``block`` and the residual Add, seen from the blocks behind it (or itself, if it is the last)."""
-        branch = branch_of(self._model, block)
-        if branch is None or branch.kind == "scale":
-            return branch
-        names = list(self._readers)
-        place = names.index(block.output.name) if block.output.name in names else len(names)
-        counts = [self._readers[name] for name in names[place + 1:] or names[place:]]
-        known = [each for each in counts if each is not None and len(each) == block.d_out]
-        return damped(branch, np.mean(known, axis=0) if known else np.ones(block.d_out))
-
     def tokens(self, block: FFNBlock, tensors: Sequence[gs.Tensor], axes: Sequence[int],
                weight: str) -> Iterator[tuple[list[Array], Array]]:
         """For each feed the values of ``tensors`` as they are now, ``[rows, features]`` each, and the weights of the rows.
@@ -182,7 +164,7 @@ class Streams:
               more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"
-        branch = self._branch(block) if pure else None
+        branch = branch_of(self._model, block) if pure else None
         plain = block.join.direct and not has_branch_norm(block)
         to_stream = pure and (plain if target == "sum" else target == "stream" and (plain or branch is not None))
         axis = block.axis

@@ -47,7 +47,7 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
 
     Without -p and --plan the default plan of the target runs, which needs no inputs; with --max-drift and --data, a search of
     two minutes for the fastest plan within the limit. With --data (or --synthetic) the drift against MODEL and the speed are
-    measured. Exit code 1 when a limit was missed, 2 on bad input.
+    measured, and passes that fit have what they fit to. Exit code 1 when a limit was missed, 2 on bad input.
     """
     if passes and plan_file is not None:
         raise InputError("give the plan with -p or with --plan, not both")

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx_graphsurgeon as gs
 
 from ...graph.block import FFNBlock
 from ...graph.errors import InputError
@@ -30,7 +29,7 @@ Array = npt.NDArray[Any]
 Kind = Literal["scale", "rms", "layer"]
 _TOKENS = 48  # drawn
 _AS_GOOD = 1e-2  # of the branch's size: how far it may be from what one of the three gives
-_SMALLEST = 1e-3  # of the root mean square of λ: smaller entries are taken for this
+_SMALLEST = 1e-3  # of the root mean square of λ: smaller entries are taken for this, and of a scale make nothing good
 _DAMPED = 0.01  # of the mean of λ²: behind a norm, a channel whose λ² is smaller is not wholly brought back
 
 
@@ -53,48 +52,45 @@ class Branch:
 
         Behind a norm the first order alone is looked at: the length of y, and its mean behind one that centres, change nothing.
         """
-        moved = missing / self.scale * self.part
-        if self.kind == "scale":
-            return y + moved
-        straight = y.astype(np.float64)
-        if self.kind == "layer":
-            moved -= moved.mean(axis=1, keepdims=True)
-            straight = straight - straight.mean(axis=1, keepdims=True)
-        square = (straight ** 2).mean(axis=1, keepdims=True) + 1e-30
-        along = (moved * straight).mean(axis=1, keepdims=True) / square
-        return y + np.sqrt(square) * (moved - along * straight)
+        with np.errstate(all="ignore"):  # what is not finite stays so, and whoever fits leaves it out
+            moved = missing / self.scale * self.part
+            if self.kind == "scale":
+                return y + moved
+            straight = y.astype(np.float64)
+            if self.kind == "layer":
+                moved -= moved.mean(axis=1, keepdims=True)
+                straight = straight - straight.mean(axis=1, keepdims=True)
+            square = (straight ** 2).mean(axis=1, keepdims=True) + 1e-30
+            along = (moved * straight).mean(axis=1, keepdims=True) / square
+            return y + np.sqrt(square) * (moved - along * straight)
 
     def in_stream(self, y: Array, others: list[Array]) -> tuple[Array, list[Array]]:
         """Of y and the residual, what the next norm reads the sum of: one right behind the block reads y alone."""
         return (y * self.scale, others) if self.kind == "scale" else (y, [])
 
 
-def branch_of(model: Model, block: FFNBlock) -> Branch | None:
+def branch_of(model: Model, block: FFNBlock, provider: str = "cpu", threads: int | None = None) -> Branch | None:
     """What lies between ``block`` and the residual Add; None where it is nothing or none of the three, or cannot be measured."""
-    if block.join.direct or not is_pure_branch(block):
+    if block.join.direct or block.axis != -1 or block.graph is not model.graph or not is_pure_branch(block):
         return None
-    return _between(model, block, block.output, block.join.branch, block.d_out)
-
-
-def _between(model: Model, block: FFNBlock, first: gs.Tensor, last: gs.Tensor, width: int) -> Branch | None:
-    """Which of the three ``last [*, width]`` is of ``first``, if of that alone."""
-    if block.axis != -1 or block.graph is not model.graph:
-        return None
-    rank = len(first.shape) if first.shape else 3
+    y, branch = block.output, block.join.branch
+    rank = len(y.shape) if y.shape else 3
+    shape = (_TOKENS, block.d_out) if rank == 2 else (*[1] * (rank - 3), 2, _TOKENS // 2, block.d_out)  # tokens swapped show
     random = np.random.default_rng(0)
-    drawn = random.standard_normal((_TOKENS, width)) * np.exp(random.uniform(-1, 1, (_TOKENS, 1))) + 0.1
-    kind = block.onnx_type
-    given = drawn.astype(numpy_type(kind))
+    drawn = random.standard_normal((_TOKENS, block.d_out)) * np.exp(random.uniform(-1, 1, (_TOKENS, 1))) + 0.1
+    given = drawn.astype(numpy_type(block.onnx_type))
     try:
-        session = open_session(model, outputs=[last.name], inputs={first.name: kind})
-        if [spec.name for spec in session.inputs] != [first.name]:
+        session = open_session(model, provider=provider, threads=threads, outputs=[branch.name],
+                               inputs={y.name: block.onnx_type})
+        if [spec.name for spec in session.inputs] != [y.name]:
             return None
-        result = session.run({first.name: given.reshape(*[1] * (rank - 2), *given.shape)}, [last.name])[last.name]
+        result = session.run({y.name: given.reshape(shape)}, [branch.name])[branch.name]
     except InputError:
         return None
     if result.size != given.size:
         return None
-    return _read(given.astype(np.float64), result.reshape(given.shape).astype(np.float64))
+    with np.errstate(all="ignore"):
+        return _read(given.astype(np.float64), result.reshape(given.shape).astype(np.float64))
 
 
 def _read(y: Array, branch: Array) -> Branch | None:
@@ -108,8 +104,9 @@ def _read(y: Array, branch: Array) -> Branch | None:
         left, size = moves - apart * scale, float(np.sqrt((scale ** 2).mean()))
         if size > 0 and np.isfinite(left).all() and np.abs(left).max() <= _AS_GOOD * np.abs(moves).max():
             floor = _SMALLEST * size
-            scale = np.where(np.abs(scale) < floor, np.where(scale < 0, -floor, floor), scale)
+            alive = np.abs(scale) >= floor
+            scale = np.where(alive, scale, np.where(scale < 0, -floor, floor))
             square = scale ** 2
-            part = np.ones(len(scale)) if kind == "scale" else square / (square + _DAMPED * square.mean())
+            part = alive.astype(np.float64) if kind == "scale" else square / (square + _DAMPED * square.mean())
             return Branch(kind, scale, part)
     return None

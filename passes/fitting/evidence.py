@@ -40,7 +40,7 @@ Array = npt.NDArray[Any]
 Target = Literal["stream", "block", "own"]
 Sum = Literal["sum"]  # what a block gives together with its residual
 HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
-JUDGING = 4  # every fourth of those, beginning with the first, judges what is fitted to the tokens themselves
+JUDGING = 4  # every fourth of those, where there are feeds enough for two, judges what is fitted to the tokens themselves
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Streams:
         self._now = Stream(model, feeds, context)
         original, self._residuals = _original(model, context)
         self._original = Stream(original, feeds, context)
-        self._model = model
+        self._model, self._context = model, context
 
     def __enter__(self) -> Streams:
         return self
@@ -128,7 +128,8 @@ class Streams:
             position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
             held = position % HELD_OUT == HELD_OUT - 1
             if keep is not None:
-                judging = held & (position // HELD_OUT % JUDGING == 0)
+                enough = self._real >= 2 * HELD_OUT * JUDGING
+                judging = held & (position // HELD_OUT % JUDGING == 0) if enough else held
                 taken = good if number < self._real else good & ~judging
                 keep.add(features[0][taken], t[taken], weights[taken], judging[taken])
                 features = features if inputs else features[1:]
@@ -164,7 +165,9 @@ class Streams:
               more: Sequence[gs.Tensor]) -> Iterator[tuple[list[Array], Array, Array, Array]]:
         """For each feed the features, y, t and the weights of its tokens."""
         pure = is_pure_branch(block) and target != "own"
-        branch = branch_of(self._model, block) if pure else None
+        branch = None
+        if pure and target == "stream":
+            branch = branch_of(self._model, block, self._context.provider, self._context.threads)
         plain = block.join.direct and not has_branch_norm(block)
         to_stream = pure and (plain if target == "sum" else target == "stream" and (plain or branch is not None))
         axis = block.axis
@@ -187,12 +190,11 @@ class Streams:
             return
         originals = self._original.rows(before, [axis] * len(before), [block.hidden.name])
         for values, (y, *others) in zip(currents, originals, strict=True):
-            t, added, beside = y, y, others
+            t = y
             if to_stream and others[0].shape == y.shape == values[-1].shape:
                 missing = others[0].astype(np.float64) - (values[-1] if target == "stream" else 0)
                 t = y + missing if branch is None else branch.towards(y, missing)
-                if branch is not None:
-                    added, beside = branch.in_stream(y, others)
+            added, beside = (y, others) if branch is None else branch.in_stream(y, others)
             yield values[:count], y, t, token_weights(block, added, beside, weight)
 
 

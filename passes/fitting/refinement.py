@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ...graph.block import FFNBlock, Projection
 from ...runtime import Scatter
-from .kept_rows import KeptRows
+from .kept_rows import KeptRows, Rows
 from .neuron_fit import Features, NeuronFit, choose_ridge, refit
 
 Array = npt.NDArray[Any]
@@ -137,23 +137,55 @@ def refined(block: FFNBlock, start: NeuronFit, fit: NeuronFit, rows: KeptRows, p
     everyone = np.arange(len(start.neurons))
     try:
         with np.errstate(all="ignore"):
-            matrix = _joined(held)
-            before = Features.of(_moments(block, narrow, *held_out), matrix, inputs).error(everyone, matrix, start.offset)
+            before = _unmoved_error(_solved(block, narrow, (to_fit, held_out), inputs), start)
             if not _descend(narrow, *to_fit, passes, progress):
                 return fit, "the descent left the numbers that float32 holds"
-            prior = _joined(held)
-            parts = [_moments(block, narrow, *part) for part in (to_fit, held_out)]
-            choosing = Features.of(parts[1], prior, inputs)
-            ridge, error = choose_ridge(Features.of(parts[0], prior, inputs), choosing, everyone)
-            if not error * choosing.tt < before:
+            after = _solved(block, narrow, (to_fit, held_out), inputs)
+            if not after.error < before:
                 return fit, "it was not better on tokens held out"
-            everything = Scatter()
-            for part in parts:
-                everything.merge(part)
-            found = refit(Features.of(everything, prior, inputs), everyone, ridge, error)
+            found = refit(Features.of(after.moments, _joined(held), inputs), everyone, after.ridge, after.error)
     except np.linalg.LinAlgError:
-        return fit, "the moved neurons have no finite moments"
+        return fit, "its neurons have no finite moments"
     return dataclasses.replace(found, neurons=fit.neurons, projections=_projections(block, fit, held)), ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    """How well V, A and c, solved for, do with neurons as they are.
+
+    Attributes:
+        moments: of all tokens; held_out: of those held out; ridge: the λ that won; error: part of the target's variance, on the
+            tokens held out.
+    """
+
+    moments: Scatter
+    held_out: Features
+    ridge: float
+    error: float
+
+
+def _solved(block: FFNBlock, narrow: Narrow, rows: tuple[Rows, Rows], inputs: int) -> _Solved:
+    """Fitted to the first of ``rows``, λ chosen on the second: the same tokens before and after a descent.
+
+    Raises:
+        LinAlgError: the neurons or what they should give are beyond all numbers.
+    """
+    prior = _joined(narrow.matrices)
+    fit, held_out = (_moments(block, narrow, *part) for part in rows)
+    neurons = np.arange(len(narrow.matrices["down"]))
+    fitting, judging = Features.of(fit, prior, inputs), Features.of(held_out, prior, inputs)
+    if not all(np.isfinite(each).all() for features in (fitting, judging) for each in (features.ff, features.ft)):
+        raise np.linalg.LinAlgError
+    ridge, error = choose_ridge(fitting, judging, neurons)
+    fit.merge(held_out)
+    return _Solved(fit, judging, ridge, error)
+
+
+def _unmoved_error(solved: _Solved, start: NeuronFit) -> float:
+    """Of the neurons as they are, by ``start`` or by what was solved for now, whichever is better on the tokens held out."""
+    judging = solved.held_out
+    as_begun = judging.error(np.arange(len(start.neurons)), judging.prior, start.offset)
+    return min(as_begun / max(judging.tt, 1e-30), solved.error)
 
 
 def _joined(held: Matrices) -> Array:

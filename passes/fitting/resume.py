@@ -23,6 +23,9 @@ from ...graph.errors import InputError
 from ...runtime import Feeds, Scatter
 from ...runtime.onnx_runtime import onnx_runtime
 
+MEANING = 2
+"""Raised where a fit comes to compute something else, so that no run goes on with numbers of before."""
+
 
 class Resume:
     """What a run has finished with.
@@ -37,7 +40,7 @@ class Resume:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object], feeds: Sequence[Feeds]) -> None:
-        versions = __version__, onnx_runtime().__version__, np.__version__
+        versions = MEANING, __version__, onnx_runtime().__version__, np.__version__
         digest = hashlib.sha256(repr((*versions, sorted(identity.items()))).encode())
         for sequence in feeds:
             for feed in sequence:

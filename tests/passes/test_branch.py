@@ -67,6 +67,29 @@ def test_whatever_shape_the_graph_declares(tmp_path, kind, shape):
     assert branch.kind == kind
 
 
+def test_tokens_in_another_order_are_none(tmp_path):
+    """The residual is [tokens, batch], the block [batch, tokens]: their rows do not belong together."""
+    s = Sketch()
+    x = s.input("x", ["tokens", "batch", D])
+    y = layer_scale(s, s.ffn(s.op("Transpose", x, perm=[1, 0, 2]), D, FF, activation="gelu"))
+    s.op("Add", x, s.op("Transpose", y, perm=[1, 0, 2]), out=s.output("y"))
+    model = Model.load(s.save(tmp_path / "m.onnx"))
+    for block in find_ffn_blocks(model):
+        assert branch_of(model, block) is None
+
+
+def test_channels_that_a_scale_takes_out_make_nothing_good(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    scale = SCALE * (np.arange(D) > 1)
+    s.op("Add", x, s.op("Mul", s.ffn(x, D, FF, activation="gelu"), s.weight(scale)), out=s.output("y"))
+    model = Model.load(s.save(tmp_path / "m.onnx"))
+    branch = branch_of(model, find_ffn_blocks(model)[0])
+    assert branch is not None
+    np.testing.assert_array_equal(branch.part, [0, 0, 1, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(branch.towards(np.zeros((1, D)), np.ones((1, D)))[0, :2], 0)
+
+
 def test_nothing_between_is_none(tmp_path):
     model = Model.load(transformer(1).save(tmp_path / "m.onnx"))
     [block] = find_ffn_blocks(model)
@@ -115,7 +138,7 @@ def test_a_norm_makes_good_less_where_it_would_take_more(tmp_path, kind):
     np.testing.assert_allclose(branch.part, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["scale", "rms"])
+@pytest.mark.parametrize("kind", BETWEEN)
 def test_a_block_makes_good_what_the_blocks_before_it_did(tmp_path, kind):
     """Block 1 has the neurons of block 0 once more: towards the original stream it does what block 0 can no longer do."""
     s = Sketch()

@@ -13,6 +13,7 @@ from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.passes.base import Context
+from ffnfold.passes.fitting import refinement
 from ffnfold.passes.fitting.kept_rows import KeptRows
 from ffnfold.passes.fitting.neuron_fit import NeuronFit
 from ffnfold.passes.fitting.refinement import ActivationTable, Narrow, _activation, _hidden, _narrow, _projections
@@ -259,3 +260,22 @@ def test_tokens_beyond_the_table_have_the_hidden_values_of_the_block(tmp_path):
     z = x.astype(np.float64) @ block.up.weight() + block.up.bias()
     assert np.abs(z).max() > 200
     assert np.allclose(_hidden(block, narrow, x), np.maximum(z, 0) ** 2, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("feeds", [6, 20, 40])
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_descent_that_does_nothing_is_not_better(tmp_path, monkeypatch, kind, feeds):
+    """What comes before it and what comes after it are fitted to the same tokens."""
+    monkeypatch.setattr(refinement, "_descend", lambda *arguments: True)
+    _, [result] = rewrite(transformer(3, **kind), tmp_path, "slim-ffn:keep=8,multiple=1,affine=false",
+                          fit=feeds_of((2, 16, D), feeds, seed=5))
+    assert sum("it was not better on tokens held out" in note for note in result.notes) == 3
+
+
+@pytest.mark.parametrize(("feeds", "judging"), [(5, [4]), (20, [4, 9, 14, 19]), (40, [4, 24]), (60, [4, 24, 44])])
+def test_which_feeds_judge(tmp_path, monkeypatch, feeds, judging):
+    """At least one from five feeds on, and at least two where the others held out are fitted to."""
+    seen = []
+    monkeypatch.setattr(KeptRows, "add", lambda self, x, t, weights, held: seen.append(bool(held.all())))
+    rewrite(transformer(1, activation="gelu"), tmp_path, "slim-ffn:keep=8,multiple=1", fit=feeds_of((1, 40, D), feeds, seed=5))
+    assert [number for number, held in enumerate(seen) if held] == judging

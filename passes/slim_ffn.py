@@ -13,12 +13,10 @@ import onnx_graphsurgeon as gs
 from ..graph.block import FFNBlock
 from ..graph.builder import Builder
 from ..graph.edit import producer, remove_dead, take_over
-from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.narrow import Project, narrow, why_not_narrow
 from ..graph.region import Leaf
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .blocks import Blocks
 from .fitting.affine_map import put_map
 from .fitting.evidence import Evidence, Streams
 from .fitting.kept_rows import KeptRows
@@ -27,6 +25,7 @@ from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, re
 from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
 from .fitting.refinement import refined
 from .fitting.spread import Curve, allocate, damage, widths_to_try
+from .fitting.widths import Width, parse_widths
 
 Array = npt.NDArray[Any]
 _GREEDY_RIDGE = 1e-3
@@ -50,7 +49,8 @@ class SlimFFN(BlockPass):
 
     ``spread=sensitivity`` gives the blocks different widths under the same number of parameters: more to those whose errors
     reach the outputs (see :mod:`spread`). ``widths`` gives single blocks a width of their own, as ``ffnfold search`` does:
-    ``384@0+2/0@5`` leaves 384 neurons in the blocks 0 and 2, and in block 5 the affine map alone, as ``linearize-ffn`` puts it.
+    ``384@0+2/0@5/96bare@1`` leaves 384 neurons in the blocks 0 and 2, in block 5 the affine map alone, as ``linearize-ffn`` puts
+    it, and in block 1 96 neurons without such a map.
 
     Blocks are fitted in order of execution on what the rewritten blocks before them give, towards what the original model
     has there (``target=stream``: the original residual stream; ``target=block``: the block's own output). Tokens are
@@ -75,7 +75,7 @@ class SlimFFN(BlockPass):
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
     spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how widths differ over blocks"})
     multiple: int = field(default=32, metadata={"help": "widths are rounded up to a multiple of this"})
-    widths: str = field(default="", metadata={"help": "neurons that stay in single blocks, e.g. 384@0+2/0@5"})
+    widths: str = field(default="", metadata={"help": "neurons that stay in single blocks, e.g. 384@0+2/0@5/96bare@1"})
 
     def __post_init__(self) -> None:
         if self.vary < 0:
@@ -95,7 +95,7 @@ class SlimFFN(BlockPass):
             raise ValueError("spread=sensitivity needs feeds: choose another select or refit")
         if self.widths and self.spread == "sensitivity":
             raise ValueError("widths and spread=sensitivity both say how widths differ over blocks: give one of them")
-        if 0 in parse_widths(self.widths).values() and not self.affine:
+        if any(not each.neurons for each in parse_widths(self.widths).values()) and not self.affine:
             raise ValueError(f"widths={self.widths}: no neurons go with affine=true")
 
     @property
@@ -105,13 +105,19 @@ class SlimFFN(BlockPass):
 
     def width(self, block: FFNBlock) -> int:
         """Neurons that stay in ``block``."""
-        count = parse_widths(self.widths).get(block.index, self.keep if self.keep >= 1 else self.keep * block.d_ff)
+        own = parse_widths(self.widths).get(block.index)
+        count = own.neurons if own is not None else self.keep if self.keep >= 1 else self.keep * block.d_ff
         return min(int(np.ceil(count / self.multiple - 1e-9)) * self.multiple, block.d_ff)
+
+    def maps(self, block: FFNBlock) -> bool:
+        """Whether ``block`` gets an affine map beside its neurons."""
+        own = parse_widths(self.widths).get(block.index)
+        return self.affine and not (own is not None and own.bare)
 
     def check(self, block: FFNBlock) -> Refused | None:
         """What cannot be cut."""
         reason = why_not_narrow(block)
-        if reason is None and not self.affine and self.width(block) >= block.d_ff:
+        if reason is None and not self.maps(block) and self.width(block) >= block.d_ff:
             reason = f"all of its {block.d_ff} neurons would stay"
         return None if reason is None else Refused(reason, block.output.name)
 
@@ -165,10 +171,11 @@ class SlimFFN(BlockPass):
             return refusal
         assert context.streams is not None
         width = context.widths.get(block.output.name, self.width(block))
-        found = context.fits.load(block, width) if context.fits is not None else None
+        kind = str(Width(width, self.affine and not self.maps(block)))
+        found = context.fits.load(block, kind) if context.fits is not None else None
         if found is None:
             keep = KeptRows(context.streams.feeds) if self.refine and self.refit == "ridge" and width else None
-            evidence = context.streams.evidence(block, inputs=self.affine, neurons=width > 0, weight=self.weight,
+            evidence = context.streams.evidence(block, inputs=self.maps(block), neurons=width > 0, weight=self.weight,
                                                 target=self.target, keep=keep)
             if not evidence.rows:
                 return Refused("no token of the feeds reached it", block.input.name)
@@ -176,7 +183,7 @@ class SlimFFN(BlockPass):
             if keep is not None:
                 found = self._refined(block, evidence, found, keep, context)
         if context.fits is not None:
-            context.fits.save(block, width, found)
+            context.fits.save(block, kind, found)
         return found
 
     def _refined(self, block: FFNBlock, evidence: Evidence, fit: NeuronFit, keep: KeptRows, context: Context) -> NeuronFit:
@@ -198,7 +205,7 @@ class SlimFFN(BlockPass):
         return fit
 
     def _features(self, block: FFNBlock, evidence: Evidence, neurons: bool = True) -> Features:
-        inputs = block.d_model if self.affine else 0
+        inputs = block.d_model if self.maps(block) else 0
         prior = np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
         return Features.of(evidence.everything(), prior, inputs)
 
@@ -212,7 +219,7 @@ class SlimFFN(BlockPass):
 
         With none ``evidence`` may be of the inputs alone.
         """
-        known = len(evidence.fit.widths or evidence.held_out.widths) > (2 if self.affine else 1)
+        known = len(evidence.fit.widths or evidence.held_out.widths) > (2 if self.maps(block) else 1)
         everything = self._features(block, evidence, neurons=known)
         prior, inputs = everything.prior, everything.inputs
         if neurons is None:
@@ -264,22 +271,3 @@ class SlimFFN(BlockPass):
 
     def _bias(self, block: FFNBlock, fit: NeuronFit) -> Array | None:
         return fit.offset if fit.offset.any() or block.down.has_bias else None
-
-
-def parse_widths(text: str) -> dict[int, int]:
-    """``384@0+2/0@5`` as block → neurons.
-
-    Raises:
-        ValueError: it is not written like that.
-    """
-    found: dict[int, int] = {}
-    for part in text.split("/") if text else []:
-        width, _, blocks = part.partition("@")
-        try:
-            indices = Blocks.parse(blocks).indices
-        except InputError:
-            indices = None
-        if not width.isdecimal() or not indices:
-            raise ValueError(f"widths={text}: write it like 384@0+2/0@5, neurons at blocks")
-        found.update(dict.fromkeys(indices, int(width)))
-    return found

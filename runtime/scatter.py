@@ -79,6 +79,14 @@ class Scatter:
         self._weight += other._weight
         self.rows += other.rows
 
+    def without_first(self) -> Scatter:
+        """The same of all groups but the first."""
+        self._flush()
+        made, start = Scatter(), self.widths[0] if self.widths else 0
+        made.rows, made.widths, made._weight = self.rows, self.widths[1:], self._weight
+        made._center, made._first, made._second = self._center[start:], self._first[start:], self._second[start:, start:]
+        return made
+
     def to_arrays(self) -> dict[str, Array]:
         """What it holds, for a file."""
         self._flush()

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..graph.block import FFNBlock
 from ..passes.base import Pass
 from ..passes.blocks import Blocks
 from ..passes.factorize_ffn import FactorizeFFN
+from ..passes.fitting.widths import Width
 from ..passes.plan import EXACT_PLAN, Plan
 from ..passes.quantize_ffn import QuantizeFFN
 from ..passes.remove_ffn import RemoveFFN
 from ..passes.slim_ffn import SlimFFN
 
-MEANING = 4
+MEANING = 5
 """Raised where a candidate comes to stand for something else, so that what is in a cache is measured again."""
 OTHERS = -1
 """The unit that stands for the linears outside FFN blocks, those of attention."""
-_EIGHTHS = (1, 2, 3, 4, 5, 6)
+_EIGHTHS = (1, 2, 3, 4, 5, 6)  # of the neurons, an affine map beside them
 _FEW_EIGHTHS = (2, 4)
+_BARE_EIGHTHS = (1, 2, 3, 4, 5, 6, 7)  # without one
+_FEW_BARE_EIGHTHS = (4, 6)
 _RATIOS = (0.25, 0.5)
 _FORMS: dict[str, dict[str, object]] = {
     "int8": {"form": "dynamic", "smooth": "feeds"}, "int8-plain": {"form": "dynamic", "smooth": "feeds", "row_scale": "false"},
@@ -30,7 +33,7 @@ _COMPENSATED = {"int8": "int8-gptq", "int8-plain": "int8-plain-gptq", "4-bit": "
 _FORMS |= {better: {**_FORMS[form], "gptq": True} for form, better in _COMPENSATED.items()}
 _WIDEST = 4096  # inputs of a linear for which GPTQ's inverse of their Gram matrix takes seconds
 _OF_TARGET = {"cpu": ("int8", "int8-plain", "8-bit", "4-bit"), "cuda": ("8-bit", "4-bit", "stored-8-bit")}
-_PAIRED = {"cpu": ("int8",), "cuda": ("8-bit",)}
+_PAIRED = {"cpu": ("int8", "int8-plain"), "cuda": ("8-bit",)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Candidate:
 
     Attributes:
         neurons: how many stay, beside an affine map of the input; 0: the affine map alone; None: all, as they are.
+        bare: without that map.
         removed: the block is gone, its mean kept.
         ratio: part of the numbers that stays in two thin matrices for each; 0: the matrices are whole.
         form: how weights are stored and multiplied; empty: as they are.
@@ -46,6 +50,7 @@ class Candidate:
     """
 
     neurons: int | None = None
+    bare: bool = False
     removed: bool = False
     form: str = ""
     ratio: float = 0.0
@@ -54,7 +59,7 @@ class Candidate:
     def __str__(self) -> str:
         body = "removed" if self.removed else f"low-rank-{self.ratio:g}" if self.ratio else ""
         if self.neurons is not None:
-            body = f"slim-{self.neurons}" if self.neurons else "affine"
+            body = f"{'bare' if self.bare else 'slim'}-{self.neurons}" if self.neurons else "affine"
         return "+".join(part for part in (body, self.form, "head" if self.head else "") if part) or "keep"
 
     @property
@@ -65,7 +70,9 @@ class Candidate:
     @property
     def parts(self) -> tuple[Candidate, Candidate] | None:
         """Of a pair, the two: neurons left out, then what is left in another form."""
-        return (Candidate(self.neurons), Candidate(form=self.form)) if self.form and self.neurons is not None else None
+        if not self.form or self.neurons is None:
+            return None
+        return Candidate(self.neurons, self.bare), Candidate(form=self.form)
 
 
 KEEP = Candidate()
@@ -87,14 +94,20 @@ def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list
     better = target == "cpu" and compensated(block, few)
     forms, paired = _best(_OF_TARGET[target], better), _best(_PAIRED[target], better)
     multiple = min(64, 1 << max(0, (block.d_ff // 8).bit_length() - 1))
-    widths = {math.ceil(block.d_ff * part / 8 / multiple) * multiple for part in (_FEW_EIGHTHS if few else _EIGHTHS)}
     matrices = len(block.linears())
     whole = matrices * block.d_ff
-    slim = [width for width in sorted(widths) if matrices * width + block.d_model < whole]
-    found = [KEEP, *(Candidate(form=form) for form in forms), *(Candidate(width) for width in (0, *slim))]
-    found += [Candidate(width, form=form) for width in slim for form in paired]
+    slim = [Candidate(width) for width in _widths(block, _FEW_EIGHTHS if few else _EIGHTHS, multiple)
+            if matrices * width + block.d_model < whole]
+    slim += [Candidate(width, bare=True) for width in _widths(block, _FEW_BARE_EIGHTHS if few else _BARE_EIGHTHS, multiple)
+             if width < block.d_ff]
+    found = [KEEP, *(Candidate(form=form) for form in forms), Candidate(0), *slim]
+    found += [replace(each, form=form) for each in slim for form in paired]
     found += [] if few else [Candidate(ratio=ratio) for ratio in _RATIOS]
     return [*found, Candidate(removed=True)]
+
+
+def _widths(block: FFNBlock, eighths: tuple[int, ...], multiple: int) -> list[int]:
+    return sorted({math.ceil(block.d_ff * part / 8 / multiple) * multiple for part in eighths})
 
 
 def other_candidates(target: str, head: bool = False, better: bool = False) -> list[Candidate]:
@@ -125,10 +138,10 @@ def plan_of(choice: Choice, target: str) -> Plan:
     gone = [unit for unit, each in choice.items() if each.removed]
     if gone:
         passes.append(RemoveFFN(_blocks(gone)))
-    widths: dict[int, list[int]] = {}
+    widths: dict[Width, list[int]] = {}
     for unit, each in sorted(choice.items()):
         if each.neurons is not None:
-            widths.setdefault(each.neurons, []).append(unit)
+            widths.setdefault(Width(each.neurons, each.bare), []).append(unit)
     if widths:
         units = [unit for several in widths.values() for unit in several]
         text = "/".join(f"{width}@{_blocks(several)}" for width, several in sorted(widths.items()))

@@ -91,7 +91,7 @@ def block_times(workshop: Workshop, unit: int, candidates: Sequence[Candidate],
     found: dict[str, float | None] = dict.fromkeys(map(str, candidates))
     position = _position(workshop, unit)
     for each in dict.fromkeys([KEEP, *(one for one in candidates if not one.removed)]):
-        fits = {} if each.neurons is None else {unit: workshop.stand_in(unit, each.neurons)}
+        fits = {} if each.neurons is None else {unit: workshop.stand_in(unit, each)}
         whole = workshop.base.copy() if each == KEEP else workshop.rewritten({unit: each}, fits, timed=True)
         if whole is None:
             continue

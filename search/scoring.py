@@ -77,7 +77,7 @@ class Bench:
                 evidence = self._moments(unit)
                 if not evidence.rows:
                     return {"refused": "no token of the feeds reached it"}
-                fits[unit] = self.workshop.fit(unit, each.neurons, evidence)
+                fits[unit] = self.workshop.fit(unit, each, evidence)
             trial = self.workshop.rewritten({unit: each}, fits)
             if trial is None:
                 return {"refused": "the pass refuses it"}

@@ -46,7 +46,7 @@ class Workshop:
         self.base = Model.load(path)
         self.target, self.threads, self.progress = target, threads, progress
         self._fit = fit
-        self._survivors: tuple[int, dict[int, Indices]] | None = None
+        self._survivors: tuple[int, bool, dict[int, Indices]] | None = None
         ledger = Ledger(self.base)
         exact = exact_passes()
         results = run_plan(self.base, Plan(tuple(exact)), provider=target, threads=threads, progress=progress,
@@ -74,22 +74,26 @@ class Workshop:
                 self.progress(f"moments of block {unit}")
                 yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=True, weight="auto", target="stream")
 
-    def fit(self, unit: int, width: int, evidence: Evidence) -> NeuronFit:
+    def fit(self, unit: int, form: Candidate, evidence: Evidence) -> NeuronFit:
         """What ``slim-ffn`` would put in the place of a block; neurons for all widths leave in one go."""
-        each, block = SlimFFN(multiple=1), self.blocks[unit]
-        if not width:
+        each, block = SlimFFN(multiple=1, affine=not form.bare), self.blocks[unit]
+        if form.bare:
+            evidence = evidence.without_inputs()
+        if not form.neurons:
             return each.fit(block, evidence, 0)
-        if self._survivors is None or self._survivors[0] != unit or width not in self._survivors[1]:
-            widths = {width, *(one.neurons for one in block_candidates(block, self.target) if one.neurons)}
-            self._survivors = unit, each.survivors(block, evidence, sorted(widths))
-        return each.fit(block, evidence, width, self._survivors[1][width])
+        known = self._survivors
+        if known is None or known[:2] != (unit, form.bare) or form.neurons not in known[2]:
+            widths = {one.neurons for one in block_candidates(block, self.target) if one.neurons and one.bare == form.bare}
+            known = self._survivors = unit, form.bare, each.survivors(block, evidence, sorted({form.neurons, *widths}))
+        return each.fit(block, evidence, form.neurons, known[2][form.neurons])
 
-    def stand_in(self, unit: int, width: int) -> NeuronFit:
+    def stand_in(self, unit: int, form: Candidate) -> NeuronFit:
         """Something of the same shape that was not fitted, to be timed."""
-        block = self.blocks[unit]
+        block, width = self.blocks[unit], form.neurons or 0
         random = np.random.default_rng(0)
-        return NeuronFit(np.arange(width), random.standard_normal((width, block.d_out)) * 0.01,
-                         random.standard_normal((block.d_model, block.d_out)) * 0.01, np.zeros(block.d_out), 0.0, 0.0)
+        affine = None if form.bare else random.standard_normal((block.d_model, block.d_out)) * 0.01
+        return NeuronFit(np.arange(width), random.standard_normal((width, block.d_out)) * 0.01, affine, np.zeros(block.d_out),
+                         0.0, 0.0)
 
     def rewritten(self, changes: Mapping[int, Candidate], fits: Mapping[int, NeuronFit], timed: bool = False) -> Model | None:
         """A copy of ``base`` with units rewritten; None where a pass refuses one of them.
@@ -108,7 +112,7 @@ class Workshop:
                 if block is None:
                     return None
                 block.settle()
-                SlimFFN(widths=f"{each.neurons}@{block.index}").rewrite(trial, block, fits[unit], self._context(trial))
+                SlimFFN().rewrite(trial, block, fits[unit], self._context(trial))
             elif each.ratio:
                 block = self.find(trial, unit)
                 if block is None or not FactorizeFFN(Blocks((block.index,)), ratio=each.ratio, whiten=not timed).run(

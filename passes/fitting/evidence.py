@@ -61,6 +61,10 @@ class Evidence:
         """Tokens seen."""
         return self.fit.rows + self.held_out.rows + self.beside.rows
 
+    def without_inputs(self) -> Evidence:
+        """Of the groups after the first alone."""
+        return Evidence(self.fit.without_first(), self.held_out.without_first(), self.beside.without_first())
+
     def everything(self) -> Scatter:
         """All together."""
         together = Scatter()

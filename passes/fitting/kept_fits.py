@@ -37,15 +37,15 @@ class Fits:
         options = {key: value for key, value in given_options(each).items() if key not in ("blocks", "keep", "widths")}
         self._before = [before.entries(), each.name, options]
 
-    def load(self, block: FFNBlock, width: int) -> NeuronFit | None:
-        """The fit of ``block`` with ``width`` neurons; None where it was not made yet."""
+    def load(self, block: FFNBlock, width: str) -> NeuronFit | None:
+        """The fit of ``block`` at ``width`` (see :class:`~.widths.Width`); None where it was not made yet."""
         try:
             with np.load(self._file(block, width), allow_pickle=False) as held:
                 return NeuronFit.of_arrays({name: held[name] for name in held.files})
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def save(self, block: FFNBlock, width: int, fit: NeuronFit) -> None:
+    def save(self, block: FFNBlock, width: str, fit: NeuronFit) -> None:
         """Keep a fit; the blocks after this one are fitted on what it gives."""
         file = self._file(block, width)
         if not file.exists():
@@ -55,7 +55,7 @@ class Fits:
             os.replace(partial, file)
         self._before.append((block.index, width))
 
-    def _file(self, block: FFNBlock, width: int) -> Path:
+    def _file(self, block: FFNBlock, width: str) -> Path:
         name = hashlib.sha256(repr((self._before, block.index, width)).encode()).hexdigest()[:32]
         return self._folder / f"{name}.npz"
 

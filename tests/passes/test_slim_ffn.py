@@ -246,6 +246,17 @@ def test_single_blocks_get_widths_of_their_own(tmp_path):
     assert (result.fired, widths(model)) == (3, [8, FF, 16, 24])
 
 
+def test_a_bare_block_gets_no_affine_map(tmp_path):
+    """Blocks with and without a map in one pass: each as in a pass of its own after the other."""
+    s = transformer(3, activation="gelu")
+    one, [result] = rewrite(s, tmp_path, "slim-ffn:widths=8@0/16bare@1/8@2,multiple=8", fit=FIT)
+    three, _ = rewrite(s, tmp_path, "slim-ffn:blocks=0,keep=8,multiple=8", "slim-ffn:blocks=1,keep=16,multiple=8,affine=false",
+                       "slim-ffn:blocks=2,keep=8,multiple=8", fit=FIT)
+    assert (result.fired, widths(one)) == (3, [8, 16, 8])
+    assert [node.op for node in one.graph.nodes] == [node.op for node in three.graph.nodes]
+    assert drift(run(three, X), run(one, X)) < 1e-5
+
+
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_no_neurons_leave_the_map_of_linearize_ffn(tmp_path, pre_norm):
     s = transformer(2, activation="gelu", pre_norm=pre_norm)
@@ -258,7 +269,8 @@ def test_no_neurons_leave_the_map_of_linearize_ffn(tmp_path, pre_norm):
 
 @pytest.mark.parametrize(("options", "reason"), [
     ("widths=8", "write it like"), ("widths=8@x", "write it like"), ("widths=a@0", "write it like"),
-    ("widths=8@all", "write it like"), ("widths=0@1,affine=false", "affine=true"),
+    ("widths=8@all", "write it like"), ("widths=0@1,affine=false", "affine=true"), ("widths=bare@0", "write it like"),
+    ("widths=0bare@0", "neither neurons nor an affine map"),
     ("widths=8@1,spread=sensitivity", "give one of them")])
 def test_widths_that_are_none_are_refused(tmp_path, options, reason):
     with pytest.raises(InputError, match=reason):
@@ -277,8 +289,9 @@ def test_a_second_pass_fits_towards_the_original_model(tmp_path):
 def test_fits_that_were_kept_are_used_by_plans_that_begin_alike(tmp_path):
     onnx.save_model(transformer(3, activation="gelu").model(), tmp_path / "before.onnx")
     fits = Fits(tmp_path / "fits")
-    plans = [f"slim-ffn:multiple=8,widths={widths}" for widths in ("8@0/16@1/8@2", "8@0/16@1/24@2", "16@0/16@1/24@2")]
-    for plan, there in zip(plans, [3, 4, 7], strict=True):
+    several = "8@0/16@1/8@2", "8@0/16@1/24@2", "16@0/16@1/24@2", "16@0/16bare@1/24@2"
+    plans = [f"slim-ffn:multiple=8,widths={widths}" for widths in several]
+    for plan, there in zip(plans, [3, 4, 7, 9], strict=True):
         models = [Model.load(tmp_path / "before.onnx") for _ in range(2)]
         for model, kept in zip(models, [fits, None], strict=True):
             run_plan(model, Plan.parse([plan]), fit=Feeds.of(FIT), threads=1, fits=kept)

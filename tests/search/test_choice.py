@@ -118,11 +118,11 @@ def test_a_limit_on_what_is_not_there_is_refused(text, said):
 
 def test_a_choice_becomes_a_plan_with_one_fit():
     choice = {0: Candidate(64), 1: KEEP, 2: Candidate(0), 3: Candidate(64, form="int8"), 4: Candidate(removed=True),
-              5: Candidate(form="int8"), 6: Candidate(ratio=0.5), OTHERS: Candidate(form="8-bit")}
+              5: Candidate(form="int8"), 6: Candidate(ratio=0.5), 7: Candidate(64, bare=True), OTHERS: Candidate(form="8-bit")}
     plan = plan_of(choice, "cpu")
     assert plan.entries()[-5:] == [
         {"remove-ffn": {"blocks": "4"}},
-        {"slim-ffn": {"blocks": "0+2-3", "multiple": 1, "refine": 0, "widths": "0@2/64@0+3"}},
+        {"slim-ffn": {"blocks": "0+2-3+7", "multiple": 1, "refine": 0, "widths": "0@2/64@0+3/64bare@7"}},
         {"factorize-ffn": {"blocks": "6"}},
         {"quantize-ffn": {"blocks": "3+5", "form": "dynamic", "smooth": "feeds"}},
         {"quantize-ffn": {"blocks": "none", "form": "nbits", "also": "attention"}}]

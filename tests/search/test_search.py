@@ -17,9 +17,10 @@ from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
 from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
-from ffnfold.runtime import Feeds, parse_limit
+from ffnfold.passes.runner import run_plan
+from ffnfold.runtime import Feeds, open_session, parse_limit
 from ffnfold.search import SearchJob, search_file
-from ffnfold.search.candidates import Candidate
+from ffnfold.search.candidates import Candidate, plan_of
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import weight_bytes
 from ffnfold.search.workshop import Workshop
@@ -208,11 +209,34 @@ def test_of_a_pair_the_neurons_that_are_left_change_their_form(tmp_path, pre_nor
     feeds = Feeds.of([{"x": np.random.default_rng(n).standard_normal((2, 80, 64)).astype(np.float32)} for n in range(3)])
     shop = Workshop(s.save(tmp_path / "model.onnx"), feeds, "cpu", 1)
     sizes = {}
-    for each in (Candidate(64), Candidate(64, form="int8")):
-        found = shop.rewritten({0: each}, {0: shop.stand_in(0, 64)}, timed=True)
+    for each in (Candidate(64, bare, form=form) for bare in (False, True) for form in ("", "int8")):
+        found = shop.rewritten({0: each}, {0: shop.stand_in(0, each)}, timed=True)
         assert found is not None
-        sizes[each.form] = weight_bytes(found)
-    assert sizes[""] - sizes["int8"] > 2.5 * 2 * 64 * 64
+        sizes[each.bare, each.form] = weight_bytes(found)
+    assert sizes[False, ""] - sizes[False, "int8"] > 2.5 * 2 * 64 * 64
+    assert sizes[True, ""] - sizes[True, "int8"] > 2.5 * 2 * 64 * 64
+    assert sizes[False, ""] - sizes[True, ""] > 3.5 * 64 * 64
+
+
+def test_a_block_fitted_for_the_search_is_as_good_as_that_of_its_plan(tmp_path):
+    """With and without an affine map, from the same moments; neurons leave for all widths in one go, so others may stay."""
+    s = transformer(2, 64, 256, activation="gelu")
+    feeds = Feeds.of([{"x": np.random.default_rng(n).standard_normal((2, 80, 64)).astype(np.float32)} for n in range(10)])
+    shop = Workshop(s.save(tmp_path / "model.onnx"), feeds, "cpu", 1)
+    [(_, evidence)] = shop.evidence([0])
+    before = open_session(shop.base, threads=1).run({"x": feeds[0]["x"]})["y"]
+    errors = {}
+    for each in (Candidate(64), Candidate(128), Candidate(64, bare=True), Candidate(128, bare=True), Candidate(0)):
+        alone = shop.rewritten({0: each}, {0: shop.fit(0, each, evidence)})
+        assert alone is not None
+        planned = Model.load(tmp_path / "model.onnx")
+        run_plan(planned, plan_of({0: each}, "cpu"), fit=feeds, threads=1)
+        first, second = (np.linalg.norm(open_session(model, threads=1).run({"x": feeds[0]["x"]})["y"] - before)
+                         for model in (alone, planned))
+        assert first == pytest.approx(second, rel=0.05)
+        errors[each] = first
+    for width in (64, 128):
+        assert errors[Candidate(width)] < 0.95 * errors[Candidate(width, bare=True)]
 
 
 @pytest.mark.timeout(300)

@@ -61,12 +61,13 @@ def main() -> int:
     if given.prepare is not None:
         for text in given.models:
             name, _, folder = text.partition("=")
-            prepare(given.prepare / name, Path(folder), given.rows, given.tools)
+            prepare(given.prepare / name, Path(folder), given)
     return measure(given) if given.measure is not None else 0
 
 
-def prepare(place: Path, source: Path, rows: list[str] | None, tools: Path | None) -> None:
+def prepare(place: Path, source: Path, given: argparse.Namespace) -> None:
     """Make the rows of one model."""
+    rows, tools = given.rows, given.tools
     place.mkdir(parents=True, exist_ok=True)
     for name in ("model.onnx", "model.onnx.data"):  # onnx reads no weights from a file that is a link, of either kind
         if (source / name).exists() and not (place / name).exists():
@@ -81,7 +82,7 @@ def prepare(place: Path, source: Path, rows: list[str] | None, tools: Path | Non
             continue
         start, target = time.perf_counter(), place / f"{key}.onnx"
         try:
-            notes[key] = {"how": make_row(key, place, target, tools)}
+            notes[key] = {"how": make_row(key, place, target, tools, given.threads)}
         except Exception as error:  # another package's failure is this row's result
             notes[key] = {"error": f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[-1][:300]}"}
             target.unlink(missing_ok=True)

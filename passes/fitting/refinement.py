@@ -278,10 +278,10 @@ def _hidden(block: FFNBlock, narrow: Narrow, x: Array) -> Array:
 
 
 def _narrow(block: FFNBlock, fit: NeuronFit, function: Callable[[Array], Array]) -> Narrow:
-    """The block as ``fit`` leaves it."""
-    held: Matrices = {"down": fit.matrix.astype(np.float32), "offset": fit.offset.astype(np.float32)}
+    """The block as ``fit`` leaves it, in matrices by rows: steps take six times as long where gradients lie the other way."""
+    held: Matrices = {"down": np.ascontiguousarray(fit.matrix, np.float32), "offset": fit.offset.astype(np.float32)}
     if fit.affine is not None:
-        held["affine"] = fit.affine.astype(np.float32)
+        held["affine"] = np.ascontiguousarray(fit.affine, np.float32)
     fixed = set()
     branches = {"up": block.up} if block.gate is None else {"up": block.up, "gate": block.gate}
     for name, projection in branches.items():

@@ -53,6 +53,16 @@ def collect(setting, tasks, pool):
     return found
 
 
+def assert_same(found, alone, rel=1e-6):
+    """The same numbers, up to the rounding of other numbers of threads in the linear algebra (Dask's workers have one)."""
+    if isinstance(alone, dict):
+        assert found.keys() == alone.keys()
+        for key, value in alone.items():
+            assert_same(found[key], value, rel)
+    else:
+        assert found == (pytest.approx(alone, rel=rel) if isinstance(alone, float) else alone)
+
+
 @pytest.mark.parametrize(("workers", "parts"), [(1, 3), (3, 3), (4, 6), (7, 6), (12, 12), (100, 12)])
 def test_there_is_work_for_every_worker_and_every_candidate_once(workers, parts):
     tasks = tasks_of(WANTED, workers)
@@ -112,7 +122,7 @@ def test_a_cluster_of_which_a_worker_is_killed_measures_what_one_process_measure
             assert workers == 4
             killed = threading.Timer(3.0, os.kill, (victim, signal.SIGKILL))
             killed.start()
-            assert collect(sent, tasks_of(WANTED, 12), pool) == alone
+            assert_same(collect(sent, tasks_of(WANTED, 12), pool), alone)
             killed.join()
         limit = time.monotonic() + 60
         while Path(f"/proc/{victim}").exists() and time.monotonic() < limit:
@@ -137,4 +147,4 @@ def test_workers_that_see_no_files_get_them(setting, alone, tmp_path):
             assert {file.name: file.read_bytes() for file in feeds.iterdir()} == {
                 file.name: file.read_bytes() for file in setting.data.iterdir()}
         away = Setting(tmp_path / "nowhere" / "model.onnx", tmp_path / "nowhere" / "feeds", "cpu", 1, archive=archive.name)
-        assert collect(away, tasks_of(WANTED, 2), client.get_executor) == alone
+        assert_same(collect(away, tasks_of(WANTED, 2), client.get_executor), alone)

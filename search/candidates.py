@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..graph.block import FFNBlock
@@ -104,6 +104,16 @@ def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list
     found += [replace(each, form=form) for each in slim for form in paired]
     found += [] if few else [Candidate(ratio=ratio) for ratio in _RATIOS]
     return [*found, Candidate(removed=True)]
+
+
+def spread_out(several: Sequence[Candidate]) -> list[Candidate]:
+    """The same so that those that come first, however many, are spread over all sizes: the middle, the middles of the halves…"""
+    found, parts = [], [sorted(several, key=lambda each: (each.ratio, each.neurons or 0, each.bare))]
+    for part in parts:
+        middle = len(part) // 2
+        found += part[middle:middle + 1]
+        parts += [half for half in (part[:middle], part[middle + 1:]) if half]
+    return found
 
 
 def _widths(block: FFNBlock, eighths: tuple[int, ...], multiple: int) -> list[int]:

@@ -15,7 +15,7 @@ from ..passes.optimize import Job, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
 from ..runtime.limits import LOGITS_METRICS
-from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of
+from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of, spread_out
 from .choice import choose, text_of
 from .estimate import estimate
 from .front import Expected, Point
@@ -32,6 +32,7 @@ from .workers import cluster, local_pool, run_tasks, tasks_of
 
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _ALONE = 0.6  # part of the budget for measuring each form alone
+_UNFITTED = 0.6  # part of what is left of that, for those that need no fit
 _FASTER = 0.98  # a form must take less of the time of a block to be worth its drift
 Progress = Callable[[str], None]
 
@@ -124,8 +125,8 @@ class Search:
         wanted = self.unknown()
         cheap = {unit: [each for each in several if not each.fitted] for unit, several in wanted.items()}
         fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
-        for part in (cheap, fitted):
-            self._score({unit: several for unit, several in part.items() if several})
+        for part, share in ((cheap, _UNFITTED), (fitted, 1.0)):
+            self._score({unit: several for unit, several in part.items() if several}, share)
         self.alone: dict[tuple[int, Candidate], Scored] = {}
         for unit, several in self.candidates.items():
             for each in several:
@@ -140,8 +141,9 @@ class Search:
         return {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
                 for unit, several in self.candidates.items()}
 
-    def _score(self, wanted: dict[int, list[Candidate]]) -> None:
-        limit = self._began + _ALONE * 60 * self.job.minutes
+    def _score(self, wanted: dict[int, list[Candidate]], share: float) -> None:
+        """Measure what is ``wanted``, in that ``share`` of the time that there still is for each form alone."""
+        limit = time.monotonic() + share * (self._began + _ALONE * 60 * self.job.minutes - time.monotonic())
 
         def enough() -> bool:
             return time.monotonic() > limit
@@ -157,9 +159,17 @@ class Search:
         elif self.job.workers > 1:
             run_tasks(tasks_of(wanted, self.job.workers), self.setting, lambda: local_pool(self.job.workers), keep, enough)
         else:
-            for unit, each in ((unit, each) for unit, several in wanted.items() for each in several):
-                if enough():
-                    return
+            self._score_here(wanted, limit, keep)
+
+    def _score_here(self, wanted: dict[int, list[Candidate]], limit: float,
+                    keep: Callable[[int, Candidate, Scored], None]) -> None:
+        """One after the other, each unit in its part of the time that is left, so that the last have their turn too."""
+        for number, (unit, several) in enumerate(wanted.items()):
+            now = time.monotonic()
+            share = now + (limit - now) / (len(wanted) - number)
+            for each in spread_out(several) if several[0].fitted else several:
+                if time.monotonic() > share:
+                    break
                 self.progress(f"drift of {'attention' if unit == OTHERS else f'block {unit}'}: {each}")
                 keep(unit, each, self.bench.score(unit, each))
 

@@ -46,7 +46,7 @@ class Workshop:
         self.base = Model.load(path)
         self.target, self.threads, self.progress = target, threads, progress
         self._fit = fit
-        self._survivors: tuple[int, bool, dict[int, Indices]] | None = None
+        self._survivors: tuple[int, dict[bool, dict[int, Indices]]] = -1, {}
         ledger = Ledger(self.base)
         exact = exact_passes()
         results = run_plan(self.base, Plan(tuple(exact)), provider=target, threads=threads, progress=progress,
@@ -81,11 +81,13 @@ class Workshop:
             evidence = evidence.without_inputs()
         if not form.neurons:
             return each.fit(block, evidence, 0)
-        known = self._survivors
-        if known is None or known[:2] != (unit, form.bare) or form.neurons not in known[2]:
+        if self._survivors[0] != unit:
+            self._survivors = unit, {}
+        known = self._survivors[1].setdefault(form.bare, {})
+        if form.neurons not in known:
             widths = {one.neurons for one in block_candidates(block, self.target) if one.neurons and one.bare == form.bare}
-            known = self._survivors = unit, form.bare, each.survivors(block, evidence, sorted({form.neurons, *widths}))
-        return each.fit(block, evidence, form.neurons, known[2][form.neurons])
+            known |= each.survivors(block, evidence, sorted({form.neurons, *widths}))
+        return each.fit(block, evidence, form.neurons, known[form.neurons])
 
     def stand_in(self, unit: int, form: Candidate) -> NeuronFit:
         """Something of the same shape that was not fitted, to be timed."""

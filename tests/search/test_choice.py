@@ -12,7 +12,7 @@ from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.runtime.limits import METRICS
-from ffnfold.search.candidates import KEEP, OTHERS, Candidate, block_candidates, plan_of
+from ffnfold.search.candidates import KEEP, OTHERS, Candidate, block_candidates, plan_of, spread_out
 from ffnfold.search.choice import Bound, choose
 from ffnfold.search.front import Expected, Point, front_of
 from ffnfold.search.goal import Row, damage, parse_goal, rows_of
@@ -183,3 +183,14 @@ def test_the_goal_comes_first_and_then_every_level_has_its_turn():
     assert order[:5] == [0, 0, 0, 1, 2]
     assert sorted(order) == [0] * 6 + [1] * 3 + [2] * 3
     assert 0 in order[5:8]
+
+
+def test_the_first_of_those_spread_out_are_of_all_sizes():
+    widths = [Candidate(64 * width, bare) for bare in (False, True) for width in range(1, 8)]
+    several = [Candidate(0), *widths, Candidate(ratio=0.5)]
+    found = spread_out(several)
+    assert sorted(map(str, found)) == sorted(map(str, several))
+    assert found[0].neurons == 64 * 4
+    assert {each.neurons for each in found[:3]} > {64 * 2}
+    assert max(each.neurons or 0 for each in found[:3]) >= 64 * 6
+    assert spread_out([]) == []

@@ -9,6 +9,7 @@ from functools import partial
 
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.latency as latency
+import ffnfold.search.run as search_run
 import numpy as np
 import onnx
 import pytest
@@ -131,6 +132,23 @@ def test_the_users_own_metric_is_what_is_limited(start, tmp_path):
     assert 0 < chosen["damage"]["score@model"] <= 0.9  # on feeds that choose; on those that report it may be missed, and said
     assert report["ok"] == (0 < report["own"]["score"] <= 0.9)
     assert {name for point in report["points"] for name in point["damage"]} == {"score@model"}
+
+
+def test_the_last_block_has_its_part_of_the_time(monkeypatch):
+    """What one block leaves of its part is the others'."""
+    clock, measured = [0.0], []
+
+    class Slow:
+        def score(self, unit, each):
+            clock[0] += 0.5 if unit == 1 else 3.0
+            return {}
+
+    monkeypatch.setattr(search_run.time, "monotonic", lambda: clock[0])
+    search = Search.__new__(Search)
+    search.progress, search.bench = print, Slow()
+    wanted = {unit: [Candidate(64 * width) for width in range(1, 8)] for unit in range(4)}
+    search._score_here(wanted, 40.0, lambda unit, each, scored: measured.append(unit))
+    assert [measured.count(unit) for unit in range(4)] == [4, 7, 5, 4]
 
 
 def test_what_would_be_measured_is_said_and_nothing_written(model, feeds, tmp_path):

@@ -5,9 +5,9 @@
     python benchmarks/pareto.py DIR --models minilm --simulate
 
 The first command makes the peers' models (``int8_peers.py``), which are points here. The second searches each model with each
-limit on the cosine of its main output (one cache, so that later limits use what was measured for earlier ones), builds the plans
-of the front again, and then races the float model, the peers and the front in turn; drift is that on feeds/report, which neither
-fits nor searches have seen. It prints
+limit on the cosine of its main output (one cache, so that later limits use what was measured for earlier ones), and then races
+the float model, the peers and the front in turn; drift is that on feeds/report, which neither fits nor searches have seen.
+It prints
 
 * a table of all of them, drift and speed-up over the float model;
 * for each peer the largest speed-up of our plans that drift no more, and how many times the peer's that is;
@@ -29,8 +29,6 @@ from typing import Any
 
 import ffnfold
 import numpy as np
-from ffnfold.passes.fitting.kept_fits import Fits
-from ffnfold.passes.runner import run_plan
 from ffnfold.passes.split import load_split
 from ffnfold.runtime import Variant, compare, input_specs, parse_limit, race
 from ffnfold.runtime.machine import machine
@@ -81,18 +79,21 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Search one model, and race what was found with the peers."""
     place, output, cache = given.folder / name, MAIN[name], given.cache or given.folder / "cache"
     (place / "search").mkdir(exist_ok=True)
+    kept: dict[str, Path] = {}
     points: dict[str, dict[str, Any]] = {}
     searches = []
     for limit in given.limits:
         job = SearchJob(place / "model.onnx", place / "search" / "best.onnx", place / "feeds", threads=given.threads,
-                        limits=[parse_limit(f"cosine_mean@{output}={limit:g}")], minutes=given.budget, cache=cache)
+                        limits=[parse_limit(f"cosine_mean@{output}={limit:g}")], minutes=given.budget, cache=cache,
+                        front=place / "search")
         report = search_file(job, lambda message: print(message, file=sys.stderr, flush=True))
         points |= {json.dumps(point["plan"]): point for point in report["points"]}
+        kept |= {json.dumps(point["plan"]): Path(point["model"]) for point in report["front"]}
         searches.append({"limit": limit, "minutes": report["seconds"] / 60, "ok": report["ok"], "measured": report["measured"],
                          "reused": report["reused"], "points": len(report["points"]), "plan": report["plan"],
                          "cosine": report["drift"]["outputs"][output]["cosine_mean"], "speedup": report["speedup"]})
     key = f"cosine_mean@{output}"
-    front = [point for point in points.values() if not any(
+    front = [point for plan, point in points.items() if plan in kept and not any(
         other["damage"][key] <= point["damage"][key] and other["speedup"] > point["speedup"] for other in points.values())]
     front = sorted(front, key=lambda point: point["speedup"])
     near = [point for point in front if point["damage"][key] <= _FAR] or front
@@ -100,24 +101,13 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
               for limit in given.limits}  # the fastest within each limit
     even = {round(number) for number in np.linspace(0, len(near) - 1, min(given.points, len(near)))}
     front = [near[number] for number in sorted(even | within)]
-    models = {f"search {number}": built(place, point["plan"], number, given.threads, cache) for number, point in enumerate(front)}
+    models = {f"search {number}": kept[json.dumps(point["plan"])] for number, point in enumerate(front)}
     peers = {row: place / f"{row}.onnx" for row in [*ROWS, *TOOLS] if (place / f"{row}.onnx").exists()}
     rows = raced(place, output, {**peers, **models}, given)
     return {"machine": {**machine("cpu", given.threads, False), "products_saturate": products_saturate()}, "output": output,
             "searches": searches, "rows": rows,
             "front": [{**point, "row": row} for row, point in zip(models, front, strict=True)],
             "prediction": [predicted(point, key) for point in points.values()]}
-
-
-def built(place: Path, plan: list[object], number: int, threads: int | None, cache: Path) -> Path:
-    """The model of a plan; fits are there from the search."""
-    path = place / "search" / f"front-{number}.onnx"
-    model = ffnfold.load(place / "model.onnx")
-    split = load_split(place / "feeds", input_specs(model), True)
-    fits = max(cache.glob("*/fits"), key=lambda each: each.stat().st_mtime)
-    run_plan(model, ffnfold.Plan.from_entries(plan), fit=split.fit, choose=split.choose, threads=threads, fits=Fits(fits))
-    model.save(path)
-    return path
 
 
 def raced(place: Path, output: str, paths: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:

@@ -42,13 +42,14 @@ from .report_folder import check_folder
 @click.option("--cache", type=options.PATH, metavar="DIR", help="Where measurements are kept.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Another seed measures anew.")
 @click.option("--dry-run", is_flag=True, help="Say what would be measured and how long that takes.")
+@click.option("--front", type=options.PATH, metavar="DIR", help="Also write the model of each plan on the front there.")
 @click.option("--report", "report_folder", type=options.PATH, metavar="DIR",
               help="Write report.html, report.json, report.md and plan.yaml, with the front.")
 @options.as_json()
 def command(model: Path, output: Path, data: Path, max_drift: tuple[str, ...], min_speedup: float | None, max_bytes: int | None,
             target: str, shapes: tuple[str, ...], threads: int | None, budget: float, perplexity: str | None, score: str | None,
             scheduler: str | None, workers: int, cache: Path | None, seed: int, dry_run: bool,
-            report_folder: Path | None, as_json: bool) -> None:
+            front: Path | None, report_folder: Path | None, as_json: bool) -> None:
     """Find the fastest plan for MODEL within limits, and write the model it makes to OUT.
 
     Exit code 1 when a limit is missed on the feeds that report, 2 on bad input.
@@ -58,7 +59,7 @@ def command(model: Path, output: Path, data: Path, max_drift: tuple[str, ...], m
     job = SearchJob(model, output, data, limits=[parse_goal(text) for text in max_drift], min_speedup=min_speedup,
                     max_bytes=max_bytes, target=target, threads=threads, shapes=shapes, minutes=budget, perplexity=perplexity,
                     score=score, scheduler=scheduler, workers=workers, cache=cache, seed=seed,
-                    detailed=report_folder is not None)
+                    detailed=report_folder is not None, front=front)
     if report_folder is not None:
         check_folder(report_folder)
     with progress(as_json) as tell:

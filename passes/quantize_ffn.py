@@ -134,9 +134,9 @@ class QuantizeFFN(BlockPass):
         if model.opset < needed:
             refused += [unit.refused(f"the form needs opset {needed}, the model has {model.opset}") for unit in units]
             units = []
-        smooth_units(model, units, recipe, context)
+        known = smooth_units(model, units, recipe, context)
         fired = 0
-        for unit, refusal in quantize_units(model, units, recipe, context):
+        for unit, refusal in quantize_units(model, units, recipe, context, known):
             context.progress(f"{self.name}: {unit.groups[0].name}")
             if refusal is not None:
                 refused.append(refusal)

@@ -29,6 +29,7 @@ class SearchJob:
         seed: another one measures anew.
         strict, detailed, external: as in :class:`~ffnfold.passes.optimize.Job`, of the model that is written.
         beside: write plan.yaml and front.json beside it.
+        front: a folder for the model of each plan on the front, or None.
     """
 
     model: Path
@@ -51,3 +52,4 @@ class SearchJob:
     detailed: bool = False
     external: bool | None = None
     beside: bool = True
+    front: Path | None = None

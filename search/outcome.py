@@ -44,13 +44,14 @@ def write_best(job: SearchJob, bench: Bench, best: Point, fits: Fits, progress: 
     return report
 
 
-def add_front(report: dict[str, Any], best: Point, points: Sequence[Point], rows: Sequence[Row]) -> None:
-    """Add ``front``, with the best point in it whatever beats it, and ``points``."""
+def add_front(report: dict[str, Any], best: Point, points: Sequence[Point], rows: Sequence[Row]) -> list[Point]:
+    """Add ``front``, with the best point in it whatever beats it, and ``points``; gives the front."""
     front = front_of(points, rows)
     if best not in front:
         front = sorted([*front, best], key=lambda point: -point.time)
     report["front"] = [point.to_json(rows, point is best) for point in front]
     report["points"] = [point.to_json(rows, point is best) for point in points]
+    return front
 
 
 def write_beside(job: SearchJob, best: Point, report: dict[str, Any], machine: str) -> None:

@@ -19,6 +19,7 @@ from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of, sprea
 from .choice import choose, text_of
 from .estimate import estimate
 from .front import Expected, Point
+from .front_models import FrontModels
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
 from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
@@ -56,7 +57,7 @@ class Search:
         self.rows = self._check_limits()
         self.traffic = traffic_of(job, self.bench.workshop.original, self.bench.split.choose)
         folder = job.cache or default_folder()
-        machine, identity = identity_of(job, self.bench)
+        machine, identity, entries = identity_of(job, self.bench)
         self.records = Records(folder / identity)
         self.timings = Records(folder / "latency")
         self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
@@ -64,6 +65,8 @@ class Search:
         self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
         self.points: dict[str, Point] = {}
         self._refused = ""
+        self.models: FrontModels | None = None
+        self._known_by = identity, entries
 
     def _check_limits(self) -> list[Row]:
         for each in self.job.limits:
@@ -78,10 +81,16 @@ class Search:
 
     def run(self) -> dict[str, Any]:
         """Search, write the best model, and report."""
-        self._latency()
-        self._alone()
-        self._explore()
-        return self._finish()
+        if self.job.front is not None:
+            self.models = FrontModels(self.job.front, *self._known_by, self.job.external)
+        try:
+            self._latency()
+            self._alone()
+            self._explore()
+            return self._finish()
+        finally:
+            if self.models is not None:
+                self.models.close()
 
     def _latency(self) -> None:
         self.base_ms = self.records.measure(partial(self._telling, "timing the model", milliseconds_of_base,
@@ -227,17 +236,22 @@ class Search:
 
     def _build(self, choice: Choice, plan: Plan) -> dict[str, Any]:
         self.progress(f"plan: {text_of(choice)}")
-        model = Model.load(self.job.model)
-        split = self.bench.split
         try:
-            run_plan(model, plan, fit=split.fit, choose=split.choose, provider=self.job.target, threads=self.job.threads,
-                     progress=self.progress, fits=self.fits)
+            model = self._made(plan)
             drift, *parts = self.bench.yardstick.measure_parts(model)
         except (InputError, BrokenByPass) as error:
             return {"refused": " ".join(str(error).split())[:200]}
         self.progress("timing the plan")
         times = race_whole([self.bench.workshop.original, model], self.traffic, target=self.job.target, threads=self.job.threads)
         return {"drift": drift, "parts": parts, "time": times[1], "bytes": weight_bytes(model)}
+
+    def _made(self, plan: Plan) -> Model:
+        model, split = Model.load(self.job.model), self.bench.split
+        results = run_plan(model, plan, fit=split.fit, choose=split.choose, provider=self.job.target, threads=self.job.threads,
+                           progress=self.progress, fits=self.fits)
+        if self.models is not None:
+            self.models.put(plan, model, any(result.fired for result in results))
+        return model
 
     def _finish(self) -> dict[str, Any]:
         points = list(self.points.values())
@@ -246,7 +260,10 @@ class Search:
             raise InputError(f"{self.job.model}: {self._refused}")
         best = self.problem.best(built, self.job)
         report = write_best(self.job, self.bench, best, self.fits, self.progress)
-        add_front(report, best, built, self.rows)
+        front = add_front(report, best, built, self.rows)
+        if self.models is not None:
+            for entry, point in zip(report["front"], front, strict=True):
+                entry["model"] = str(self.models.settle(point.plan, partial(self._made, point.plan)))
         report |= {"measured": self.records.measured + self.timings.measured,
                    "reused": self.records.reused + self.timings.reused, "seconds": round(time.monotonic() - self._began, 1)}
         if self.job.beside:

@@ -63,8 +63,8 @@ def parse_shapes(texts: Sequence[str]) -> tuple[list[float], list[str]]:
     return weights, plain
 
 
-def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str]:
-    """The machine in one line, and a hash of all that measured drift depends on beside the candidate."""
+def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str, dict[str, str]]:
+    """The machine in one line, a hash of all that measured drift depends on beside the candidate, and the input's own hash."""
     facts = machine(job.target, job.threads, False)
     here = " ".join(str(facts[key]) for key in ("cpu", "cores", "gpu", "onnxruntime", "numpy"))
     model = bench.workshop.original
@@ -77,4 +77,4 @@ def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str]:
         digest.update(repr(len(feeds)).encode())
         for feed in feeds:
             hash_feed(digest, feed)
-    return here, digest.hexdigest()[:32]
+    return here, digest.hexdigest()[:32], entries

@@ -9,12 +9,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from ...graph.model import Model
-from ...runtime import Feeds, Moments, capture
+from ...runtime import Feeds, capture
 from ..base import Context
 from .weight_codes import Array
 
 _AT_ONCE = 32  # values captured in one run
 _GRAMS = 512 << 20  # bytes of Gram matrices held at once
+_BLOCK = 4096  # rows multiplied at once
+_SAFE = 1e15  # magnitude whose squares, 4096 of them added up, are far from the largest float32
 _ENOUGH = 64  # rows for each feature, as GPTQ takes 128 × 2048 tokens for 4096; with 16 MiniLM drifts a sixth further
 
 
@@ -33,14 +35,21 @@ class InputStatistics:
     mean_square: Array
     gram: Array | None = None
 
+    def divided(self, scale: Array) -> InputStatistics:
+        """Those of ``x / s`` for ``scale`` s ``[d]``: each divided by s once or twice, the Gram matrix by ``s sᵀ``."""
+        gram = None if self.gram is None else self.gram / scale / scale[:, None]
+        return InputStatistics(self.largest / scale, self.mean / scale, self.mean_square / scale ** 2, gram)
+
 
 class _Sums:
+    """Sums over rows, in float64. Products are float32's: GPTQ adds a hundredth to the diagonal, 10⁵ times their rounding."""
+
     def __init__(self, gram: bool) -> None:
         self.rows = 0
         self.largest: Array = np.zeros(0)
         self.total: Array = np.zeros(0)
         self.squares: Array = np.zeros(0)
-        self.moments = Moments() if gram else None
+        self.gram: Array | None = np.zeros(0) if gram else None
 
     @property
     def full(self) -> bool:
@@ -55,21 +64,28 @@ class _Sums:
             return
         if not self.rows:
             self.largest, self.total, self.squares = (np.zeros(rows.shape[1]) for _ in range(3))
+            self.gram = None if self.gram is None else np.zeros((rows.shape[1], rows.shape[1]))
         self.rows += len(rows)
         self.largest = np.maximum(self.largest, np.abs(rows).max(axis=0))
-        if self.moments is not None:
-            self.moments.update(rows)
-        else:
-            self.total = self.total + rows.sum(axis=0, dtype=np.float64)
+        self.total = self.total + rows.sum(axis=0, dtype=np.float64)
+        if self.gram is None:
             self.squares = self.squares + np.einsum("rd,rd->d", rows, rows, dtype=np.float64)
+            return
+        kind = np.float32 if self.largest.max() < _SAFE else np.float64
+        for start in range(0, len(rows), _BLOCK):
+            part: Array = np.ascontiguousarray(rows[start:start + _BLOCK], kind)
+            self.gram += part.T @ part
 
     def result(self) -> InputStatistics | None:
         if not self.rows:
             return None
-        if self.moments is None:
-            return InputStatistics(self.largest, self.total / self.rows, self.squares / self.rows)
-        gram = self.moments.gram
-        return InputStatistics(self.largest, self.moments.mean, np.diag(gram) / self.rows, gram)
+        squares = self.squares if self.gram is None else np.diag(self.gram)
+        return InputStatistics(self.largest, self.total / self.rows, squares / self.rows, self.gram)
+
+
+def held_at_once(values: Sequence[tuple[gs.Tensor, int]]) -> bool:
+    """Whether Gram matrices of all the values (with their widths) may be held together."""
+    return sum(_bytes(width) for _, width in values) <= _GRAMS
 
 
 def input_statistics(model: Model, values: Sequence[tuple[gs.Tensor, int]], feeds: Feeds, context: Context, *,
@@ -96,7 +112,7 @@ def _parts(values: Sequence[tuple[gs.Tensor, int]], gram: bool) -> Iterator[list
     part: list[tuple[gs.Tensor, int]] = []
     held = 0
     for tensor, width in values:
-        size = 8 * (width + 1) ** 2 if gram else 0
+        size = _bytes(width) if gram else 0
         if part and (len(part) == _AT_ONCE or held + size > _GRAMS):
             yield part
             part, held = [], 0
@@ -104,3 +120,7 @@ def _parts(values: Sequence[tuple[gs.Tensor, int]], gram: bool) -> Iterator[list
         held += size
     if part:
         yield part
+
+
+def _bytes(width: int) -> int:
+    return 8 * width * width

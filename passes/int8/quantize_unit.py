@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import onnx_graphsurgeon as gs
+
 from ...graph.builder import Builder
 from ...graph.model import Model
 from ..base import Context, Refused
 from .dynamic_int8 import quantize_group
 from .error_compensation import Spreading
-from .input_statistics import InputStatistics, input_statistics
+from .input_statistics import InputStatistics, held_at_once, input_statistics
 from .integer_weight import IntegerWeight, integer_weight
 from .linear_groups import LinearGroup
 from .nbits import quantize_nbits
@@ -70,36 +72,52 @@ class Unit:
         return Refused(reason, self.groups[-1].linears[-1].output.name, self.block)
 
 
-def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: Context) -> None:
-    """Take large channels out of what the groups read, by exact algebra on the float model."""
+Known = dict[int, InputStatistics | None]
+"""The identity of a value that is read → what the feeds tell of it."""
+
+
+def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: Context) -> Known:
+    """Take large channels out of what the groups read, by exact algebra on the float model.
+
+    Returns:
+        The statistics that ``recipe.measures``, of what the groups read now, where they were to be had without another run
+        through the feeds; else nothing.
+    """
     if recipe.smooth == "none":
-        return
+        return {}
     groups = [group for unit in units for group in unit.groups if _plain(group)]
-    known: Mapping[int, InputStatistics | None] = {}
+    known: Known = {}
+    lasting = recipe.measures and (not recipe.compensate or held_at_once(_values(model, groups)))
     if recipe.smooth == "feeds" and recipe.form == "dynamic":
-        known = dict(_measured(model, groups, context, gram=False))
+        known = dict(_measured(model, groups, context, gram=recipe.compensate and lasting))
     for unit in units:
         for group in reversed(unit.groups):  # what is divided by in the up projection must be known before that is smoothed
             if not _plain(group) or (group.down and not (recipe.smooth == "feeds" and can_divide_hidden(group))):
                 continue
-            scale = None
+            scale, statistics = None, known.get(id(group.input))
             if recipe.form == "dynamic":
-                scale = factors(group, recipe.strength, known.get(id(group.input)))
+                scale = factors(group, recipe.strength, statistics)
                 group.smoothed = scale is not None
             if scale is None and not group.down:
                 scale = counterweights(group)
             if scale is not None:
                 unit.smoothed.append(smooth(model, group, scale))
+                known[id(group.input)] = None if statistics is None else statistics.divided(scale)
     if recipe.smooth == "feeds" and recipe.form == "dynamic" and recipe.rows == "auto":
         measure_rows(model, groups, context)
+    return known if lasting else {}
 
 
-def quantize_units(model: Model, units: Sequence[Unit], recipe: Recipe,
-                   context: Context) -> Iterator[tuple[Unit, Refused | None]]:
-    """Quantize the units one after the other; each comes with why it was left alone, or None."""
-    statistics: dict[int, InputStatistics | None] = {}
+def quantize_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: Context,
+                   known: Known) -> Iterator[tuple[Unit, Refused | None]]:
+    """Quantize the units one after the other; each comes with why it was left alone, or None.
+
+    Args:
+        known: what ``smooth_units`` gave.
+    """
+    statistics = dict(known)
     waiting = list(units)
-    if recipe.measures:
+    if recipe.measures and not known:
         groups = [group for unit in units for group in unit.groups if _plain(group)]
         for key, found in _measured(model, groups, context, gram=recipe.compensate):
             statistics[key] = found
@@ -120,12 +138,16 @@ def _plain(group: LinearGroup) -> bool:
 def _measured(model: Model, groups: Sequence[LinearGroup], context: Context,
               gram: bool) -> Iterator[tuple[int, InputStatistics | None]]:
     assert context.fit is not None
-    values = [(group.input, group.d_in) for group in groups if group.graph is model.graph]
-    for tensor, found in input_statistics(model, values, context.fit, context, gram=gram):
+    for tensor, found in input_statistics(model, _values(model, groups), context.fit, context, gram=gram):
         yield id(tensor), found
     for group in groups:
         if group.graph is not model.graph:  # ONNX Runtime gives no values out of a subgraph
             yield id(group.input), None
+
+
+def _values(model: Model, groups: Sequence[LinearGroup]) -> list[tuple[gs.Tensor, int]]:
+    """What the groups of the main graph read, and how wide it is."""
+    return [(group.input, group.d_in) for group in groups if group.graph is model.graph]
 
 
 def _quantize(model: Model, unit: Unit, recipe: Recipe, statistics: Mapping[int, InputStatistics | None],

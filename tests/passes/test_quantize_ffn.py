@@ -574,3 +574,21 @@ def test_shapes_cut_or_repeat_real_feeds(tmp_path):
     assert form_choice.shaped_feeds(model, specs, (3,), None)[0]["x"].shape == (3, 128, D)
     with pytest.raises(InputError, match="2 open dimensions"):
         form_choice.shaped_feeds(model, specs, (1, 2, 3), None)
+
+
+@pytest.mark.parametrize("options", ["gptq=true", "bias_correction=true", "scale=mse", "gptq=true,bias_correction=true"])
+def test_statistics_are_known_after_smoothing(tmp_path, options, monkeypatch):
+    """One run through the feeds gives what a second one, of the smoothed model, gives."""
+    import ffnfold.passes.int8.quantize_unit as quantize_unit
+
+    quantize = quantize_unit.quantize_units
+    s = transformer(2, D, FF, activation="relu")
+    onnx.save_model(s.model(), tmp_path / "model.onnx")
+    feeds, found = Feeds.of([correlated(300, 1), correlated(300, 2)]), []
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr("ffnfold.passes.quantize_ffn.quantize_units", lambda *most: quantize(*most[:-1], {}))
+        model = Model.load(tmp_path / "model.onnx")
+        run_plan(model, Plan.parse([f"quantize-ffn:smooth=feeds,{options}"]), fit=feeds)
+        found.append(run(model, correlated(100, 3)))
+    assert drift(*found) < 0.1 * drift(run(s.model(), correlated(100, 3)), found[0])

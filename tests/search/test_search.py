@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.latency as latency
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from feed_files import write_feeds
 from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
 from ffnfold.graph.model import Model
@@ -274,3 +276,28 @@ def test_a_block_that_cannot_be_cut_out_is_timed_in_the_whole_model(tmp_path, mo
     keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
     assert any(key.startswith("('whole'") and "'int8-gptq'" in key for key in keys)
     assert not any("slim" in key for key in keys if key.startswith("('alone'"))
+
+
+@pytest.mark.timeout(300)
+def test_the_models_on_the_front_are_kept(tmp_path, monkeypatch):
+    """Those that optimize would write, under names that a second search finds them by."""
+    monkeypatch.setattr(latency, "_MOST_ROUNDS", 15)
+    monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
+    model, data = transformer(1, 64, 256, activation="gelu").save(tmp_path / "model.onnx"), tmp_path / "feeds"
+    write_feeds(data, 6, (4, 32, 64))
+    job = SearchJob(model, tmp_path / "out.onnx", data, threads=1, cache=tmp_path / "cache", minutes=0.2,
+                    front=tmp_path / "front", limits=[parse_limit("cosine_mean=0.97")])
+    front = search_file(job)["front"]
+    files = sorted(Path(point["model"]) for point in front)
+    assert len(files) > 1
+    assert sorted((tmp_path / "front").iterdir()) == files
+    for point in front:
+        plan = Plan.from_entries(point["plan"])
+        optimize.optimize_file(optimize.Job(model, tmp_path / "again.onnx", plan, data=data, threads=1, verify=False))
+        assert Path(point["model"]).read_bytes() == (tmp_path / "again.onnx").read_bytes()
+
+    times = {path: path.stat().st_mtime_ns for path in files}
+    files[0].unlink()
+    assert search_file(job)["measured"] == 0
+    assert files[0].exists()
+    assert all(path.stat().st_mtime_ns == times[path] for path in files[1:])

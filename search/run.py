@@ -23,7 +23,7 @@ from .front_models import FrontModels
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
 from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
-from .levels import Problem, levels_of, turn
+from .levels import Level, Problem, levels_of, turn
 from .outcome import add_front, write_beside, write_best
 from .prediction import Damage, Time
 from .records import Records, default_folder
@@ -195,6 +195,7 @@ class Search:
         self.problem = Problem(self.candidates, self.rows, laws, clock, bytes_of, weight_bytes(self.bench.workshop.base))
         self._visit(dict.fromkeys(self.candidates, KEEP))
         levels = levels_of(self.job)
+        self._visit_unfitted(levels[0])
         tried = dict.fromkeys(range(len(levels)), 0)
         while True:  # what is known of plans costs nothing, and the laws are better for it
             fresh = None
@@ -209,6 +210,14 @@ class Search:
             if fresh is None:
                 return
             self._visit(fresh)
+
+    def _visit_unfitted(self, goal: Level) -> None:
+        """First what needs no fit, integers above all: it drifts little on any data, and is the least that a search must beat."""
+        plain = {unit: [each for each in several if not each.fitted and not each.removed]
+                 for unit, several in self.candidates.items()}
+        choice = choose(plain, *self.problem.program(goal))
+        if choice is not None and text_of(choice) not in self.points and not (self.over and self._unbuilt(choice)):
+            self._visit(choice)
 
     def _unbuilt(self, choice: Choice) -> bool:
         return self.records.get("built", plan_of(choice, self.job.target).to_yaml(), self._machine) is None

@@ -159,6 +159,12 @@ class BlockPass(Pass):
         """Rewrite one block, or refuse and leave it as it was."""
         raise NotImplementedError
 
+    def refuse_all(self, refusal: Refused, context: Context) -> PassResult:
+        """The result where one reason is against all blocks."""
+        there, refused = context.ledger.select(self.blocks, self.whole)
+        refused += [Refused(refusal.reason, refusal.value, index) for index in there]
+        return self.result(0, sorted(refused, key=lambda each: -1 if each.block is None else each.block))
+
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite the chosen blocks in place."""
         ledger = context.ledger

@@ -13,6 +13,7 @@ from ..graph.layers import Layer, find_layers
 from ..graph.model import Model
 from .base import Context, Pass, PassResult, Refused
 from .blocks import ALL, Blocks
+from .fitting.damage import why_blind
 from .fitting.measure import unmeasurable
 from .fitting.scores import lowest, output_error
 
@@ -86,8 +87,12 @@ class Removal(Pass):
                 refused.append(Refused(refusal.reason, refusal.value, index))
                 layers.pop(index, None)
         candidates = {index: layers[index] for index in there if index in layers}
+        chosen = self._choose(model, candidates, context)
+        if isinstance(chosen, Refused):
+            refused += [Refused(chosen.reason, chosen.value, index) for index in candidates]
+            chosen = []
         fired = 0
-        for index in self._choose(model, candidates, context):
+        for index in chosen:
             context.progress(f"{self.name}: layer of block {index}")
             candidates[index].settle()
             outcome = self.take_out(model, candidates[index], context)
@@ -102,10 +107,14 @@ class Removal(Pass):
     def _unseen(self, model: Model, layer: Layer) -> Refused | None:
         return unmeasurable(model, layer.attention[0]) if self.needs_feeds else None
 
-    def _choose(self, model: Model, layers: dict[int, Layer], context: Context) -> list[int]:
+    def _choose(self, model: Model, layers: dict[int, Layer], context: Context) -> list[int] | Refused:
         count = how_many(self.count, self.fraction, len(layers))
         if not self.needs_feeds or count == len(layers):
             return list(layers)
+        assert context.choose is not None
+        blind = why_blind(model, context.choose, context) if self.by == "output" else None
+        if blind is not None:
+            return blind
         scores = {}
         for index, layer in layers.items():
             context.progress(f"{self.name}: scoring the layer of block {index}")

@@ -18,13 +18,14 @@ from ..graph.narrow import Project, narrow, why_not_narrow
 from ..graph.region import Leaf
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.affine_map import put_map
+from .fitting.damage import FEEDS, damage, per_error, why_blind
 from .fitting.evidence import Evidence, Streams
 from .fitting.kept_rows import KeptRows
 from .fitting.measure import unmeasurable
 from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
 from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
 from .fitting.refinement import refined
-from .fitting.spread import Curve, allocate, damage, widths_to_try
+from .fitting.spread import Curve, allocate, widths_to_try
 from .fitting.widths import Width, parse_widths
 
 Array = npt.NDArray[Any]
@@ -126,6 +127,8 @@ class SlimFFN(BlockPass):
         if not self.needs_feeds:
             return super().run(model, context)
         widths = self._spread(model, context) if self.spread == "sensitivity" else {}
+        if isinstance(widths, Refused):
+            return self.refuse_all(widths, context)
         context.memo[_UNMOVED] = {}
         with Streams(model, context, self.vary) as streams:
             result = super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
@@ -133,8 +136,12 @@ class SlimFFN(BlockPass):
         notes = [f"the neurons of block {index} were not moved: {reason}" for index, reason in left.items() if reason]
         return dataclasses.replace(result, notes=tuple(notes))
 
-    def _spread(self, model: Model, context: Context) -> dict[str, int]:
-        """A width for each block, by what its error does to the outputs."""
+    def _spread(self, model: Model, context: Context) -> dict[str, int] | Refused:
+        """A width for each block that the feeds that choose run, by what its error does to the outputs."""
+        assert context.choose is not None
+        blind = why_blind(model, context.choose[:FEEDS], context)
+        if blind is not None:
+            return blind
         there, _ = context.ledger.select(self.blocks)
         there = {index: block for index, block in there.items()
                  if self.check(block) is None and unmeasurable(model, block) is None}
@@ -143,20 +150,23 @@ class SlimFFN(BlockPass):
             for index, block in there.items():
                 context.progress(f"{self.name}: how much block {index} matters")
                 evidence = streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="own")
-                if evidence.rows:
-                    curves[index] = self._curve(model, block, evidence, context)
+                curve = self._curve(model, block, evidence, context) if evidence.rows else None
+                if curve is not None:
+                    curves[index] = curve
         budget = sum(self.width(there[index]) * curve.parameters for index, curve in curves.items())
         names = [there[index].output.name for index in curves]
         return dict(zip(names, allocate(list(curves.values()), budget), strict=True))
 
-    def _curve(self, model: Model, block: FFNBlock, evidence: Evidence, context: Context) -> Curve:
+    def _curve(self, model: Model, block: FFNBlock, evidence: Evidence, context: Context) -> Curve | None:
         features = self._features(block, evidence)
         widths = widths_to_try(block.d_ff, self.multiple)
         lost = elimination(features, [*widths, self.width(block)], _GREEDY_RIDGE)
         fit = refit(features, lost[self.width(block)][0], _GREEDY_RIDGE, 0.0)
         alone = dataclasses.replace(context, streams=None)
         harm = damage(model, block, lambda trial, same: self.rewrite(trial, same, fit, alone), context)
-        scale = harm / max(lost[self.width(block)][1], 1e-30)
+        if harm is None:
+            return None
+        scale = per_error(harm, lost[self.width(block)][1])
         leaves = len(block.region.leaves)
         return Curve(tuple(widths), tuple(scale * lost[width][1] for width in widths), leaves * block.d_model + block.d_out)
 

@@ -19,9 +19,12 @@ Array = npt.NDArray[Any]
 
 def unmeasurable(model: Model, block: Sublayer) -> Refused | None:
     """Why the values of ``block`` cannot be captured, or None."""
-    if block.graph is not model.graph:
-        return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)
-    return None
+    return inside_subgraph(block) if block.graph is not model.graph else None
+
+
+def inside_subgraph(block: Sublayer) -> Refused:
+    """The refusal of a block whose values cannot be captured."""
+    return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)
 
 
 def rows(model: Model, tensors: Sequence[gs.Tensor], axes: Sequence[int], feeds: Feeds,

@@ -14,9 +14,9 @@ from ...graph.edit import producer, remove_dead, take_over
 from ...graph.model import Model
 from ...runtime import DiagonalMoments
 from ..base import Context, Refused, Rewritten
+from .damage import damage, per_error
 from .frequent_range import Curves, Lines, spread_coverage
 from .measure import rows
-from .spread import damage
 from .token_weights import token_weights, weight_values
 
 Array = npt.NDArray[Any]
@@ -63,6 +63,8 @@ def choose_coverage(model: Model, blocks: Mapping[int, FFNBlock], coverage: floa
                     context: Context) -> dict[str, Array]:
     """For each block, by the name of its output, the part of the tokens that the range of each neuron is to hold.
 
+    Blocks that the feeds that choose never run have none.
+
     An error of neuron i in block b costs s_b ‖w_i‖²: w_i its row of the down projection, s_b what the outputs of the model move
     by when this block alone gets lines (on feeds that choose), over the error of those lines.
     """
@@ -75,7 +77,8 @@ def choose_coverage(model: Model, blocks: Mapping[int, FFNBlock], coverage: floa
         size = (block.down.weight().astype(np.float64) ** 2).sum(axis=1)
         lines = curves.lines(coverage)
         moved = damage(model, block, _putting(lines), context)
-        errors[block.output.name] = moved / max(float(size @ lines.error), 1e-30) * size[:, None] * curves.errors()
+        if moved is not None:
+            errors[block.output.name] = per_error(moved, float(size @ lines.error)) * size[:, None] * curves.errors()
     if not errors:
         return {}
     return dict(zip(errors, spread_coverage(list(errors.values()), coverage), strict=True))

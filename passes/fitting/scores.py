@@ -15,6 +15,7 @@ from ...graph.model import Model
 from ...runtime import compare
 from ..base import Context
 from .bypass import bypass, is_pure_branch
+from .damage import runs
 from .measure import rows, unmeasurable
 
 Array = npt.NDArray[Any]
@@ -40,15 +41,19 @@ def lowest(scores: Mapping[int, float], count: int) -> list[int]:
 
 
 def output_error(model: Model, take_out: Callable[[Model], bool], context: Context) -> float:
-    """The mean over the model's floating-point outputs of ‖o' − o‖/‖o‖ after ``take_out``, which says whether it did anything."""
+    """The mean over the model's outputs of ‖o' − o‖/‖o‖ after ``take_out``, which says whether it did anything.
+
+    Infinite where it did not, and where an output is no number any more.
+    """
     if context.choose is None:
         raise InputError("choosing by the output needs real inputs: give them with --data")
     trial = model.copy()
     if not take_out(trial):
         return float("inf")
     drift = compare(model, trial, context.choose, provider=context.provider, threads=context.threads, allow_cpu=True)
-    errors = [metrics["rel_l2"] for metrics in drift.to_json()["outputs"].values() if metrics.get("rel_l2") is not None]
-    return float(np.mean(errors)) if errors else float("inf")
+    found = [metrics["rel_l2"] for metrics in drift.outputs.values()]
+    errors = [np.inf if each is None else each for each in found]
+    return float(np.nan_to_num(np.mean(errors), nan=np.inf, posinf=np.inf)) if errors else float("inf")
 
 
 class Cosine:
@@ -87,7 +92,7 @@ def influence(model: Model, block: FFNBlock, context: Context) -> float:
 
 
 def removal_error(model: Model, block: FFNBlock, context: Context) -> float:
-    """The error of the outputs when this one block is removed."""
+    """The error of the outputs when this one block is removed; infinite where the feeds that choose never run it."""
 
     def take_out(trial: Model) -> bool:
         same = next((other for other in find_ffn_blocks(trial) if other.output.name == block.output.name
@@ -96,4 +101,6 @@ def removal_error(model: Model, block: FFNBlock, context: Context) -> float:
             bypass(trial, same, None)
         return same is not None
 
-    return output_error(model, take_out, context)
+    error = output_error(model, take_out, context)
+    assert context.choose is not None
+    return error if error or runs(model, block, context.choose, context) else float("inf")

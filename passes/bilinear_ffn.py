@@ -44,8 +44,8 @@ class BilinearFFN(BlockPass):
     there (``target``), or stays (``refit=none``). Blocks are fitted in order of execution on what the rewritten blocks before
     them give.
 
-    Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
-    projection, blocks inside subgraphs, or where there is no activation.
+    Does not fire on packed experts, integer weights, weights that the caller may override, blocks with a norm over their neurons
+    or an activation fused into a projection, blocks inside subgraphs, or where there is no activation.
 
     Source: bilinear layers, arXiv 2002.05202; a line for each neuron, TARDIS, arXiv 2501.10054.
     """

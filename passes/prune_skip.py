@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ..graph.block import FFNBlock
+from ..graph.block import OVERRIDABLE, FFNBlock
 from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
@@ -193,8 +193,9 @@ def _linear_of(y: gs.Tensor) -> Linear | None:
 def _why_not(graph: gs.Graph, linear: Linear) -> str | None:
     if linear.quantized or linear.packed or linear.gathered or linear.fused_activation is not None:
         return "its weight is no plain float matrix"
-    if linear.overridable:
-        return "its weight is an input that the caller may override"
+    if linear.overridable or any(part is not None and part.overridable
+                                 for node in linear.nodes for part in map(fold, node.inputs)):
+        return OVERRIDABLE
     if len(consumers(linear.output)) != 1 or any(is_output(graph, tensor) for node in linear.nodes for tensor in node.outputs):
         return "something else reads what it gives"
     if is_read_elsewhere(linear.node, 1):

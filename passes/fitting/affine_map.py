@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...graph.block import FFNBlock
+from ...graph.block import OVERRIDABLE, FFNBlock
 from ...graph.builder import Builder
 from ...graph.edit import producer, remove_dead, take_over
 from ...graph.model import Model
@@ -31,7 +31,7 @@ def why_no_map(block: FFNBlock) -> Refused | None:
     """Why no affine map can stand for ``block``, or None."""
     if block.experts != 1 or any(linear.gathered for linear in block.linears()):
         return Refused("its experts are packed in one weight", block.output.name)
-    return None
+    return Refused(OVERRIDABLE, block.output.name) if block.overridable else None
 
 
 def input_evidence(block: FFNBlock, context: Context, *, weight: str, target: Target) -> Evidence | Refused:

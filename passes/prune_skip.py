@@ -119,7 +119,7 @@ class PruneSkip(BlockPass):
         assert context.streams is not None
         evidence = context.streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="sum")
         if not evidence.rows:
-            return Refused("no token of the feeds reached it", block.input.name)
+            return evidence.finite.why_none(block.input.name)
         return self._fit(block, evidence)
 
     def _fit(self, block: FFNBlock, evidence: Evidence) -> NeuronFit:

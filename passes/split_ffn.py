@@ -91,7 +91,7 @@ class SplitFFN(BlockPass):
             return refusal
         assert context.streams is not None
         found = context.streams.evidence(block, inputs=True, neurons=True, weight=self.weight, target=self.target)
-        return found if found.rows else Refused("no token of the feeds reached it", block.input.name)
+        return found if found.rows else found.finite.why_none(block.input.name)
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put both parts in place."""

@@ -38,7 +38,7 @@ def input_evidence(block: FFNBlock, context: Context, *, weight: str, target: Ta
     """Moments of x and of what the block should give, or why there are too few."""
     assert context.streams is not None
     evidence = context.streams.evidence(block, inputs=True, neurons=False, weight=weight, target=target)
-    return evidence if evidence.rows else Refused("no token of the feeds reached it", block.input.name)
+    return evidence if evidence.rows else evidence.finite.why_none(block.input.name)
 
 
 def fit_map(block: FFNBlock, evidence: Evidence) -> NeuronFit | Refused:

@@ -33,7 +33,6 @@ from .neuron_fit import Features, choose_ridge
 from .shrunk import Factor, Stored, multiply, product, store
 
 Array = npt.NDArray[Any]
-_UNREACHED = "no token of the feeds reached it"
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Linearwise:
             return None
         assert self.context.streams is not None
         found = self.context.streams.evidence(block, inputs=not hidden, neurons=hidden, weight=self.weight, target=self.target)
-        return found if found.rows else Refused(_UNREACHED, block.input.name)
+        return found if found.rows else found.finite.why_none(block.input.name)
 
     def _task(self, block: FFNBlock, linear: Linear, evidence: Evidence | None) -> Task:
         """The task of ``linear``, from the moments of what it reads."""

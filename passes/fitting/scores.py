@@ -57,13 +57,15 @@ def output_error(model: Model, take_out: Callable[[Model], bool], context: Conte
 
 
 class Cosine:
-    """1 − E[cos(before, after)] of rows that stream by."""
+    """1 − E[cos(before, after)] of rows that stream by; rows with a number that is not finite do not count."""
 
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0
 
     def update(self, before: Array, after: Array) -> None:
         """Add rows ``[rows, features]`` of both."""
+        good = np.isfinite(before).all(axis=1) & np.isfinite(after).all(axis=1)
+        before, after = before[good], after[good]
         norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
         self._total += float(((before * after).sum(axis=1) / np.maximum(norms, 1e-30)).sum())
         self._count += len(before)

@@ -122,6 +122,12 @@ class Pass:
         """Whether it cannot run, with these options, without feeds."""
         return False
 
+    @property
+    def asks_for(self) -> tuple[Blocks, ...]:
+        """The blocks that its options name; none where it is not about blocks. Each index must be there."""
+        blocks = getattr(self, "blocks", None)
+        return () if blocks is None else (blocks,)
+
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite ``model`` in place."""
         raise NotImplementedError

@@ -17,6 +17,7 @@ from ..graph.model import Model
 from ..graph.narrow import Project, narrow, why_not_narrow
 from ..graph.region import Leaf
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .blocks import Blocks
 from .fitting.affine_map import put_map
 from .fitting.damage import FEEDS, damage, per_error, why_blind
 from .fitting.evidence import Evidence, Streams
@@ -96,6 +97,9 @@ class SlimFFN(BlockPass):
             raise ValueError("spread=sensitivity needs feeds: choose another select or refit")
         if self.widths and self.spread == "sensitivity":
             raise ValueError("widths and spread=sensitivity both say how widths differ over blocks: give one of them")
+        left_out = [index for index in parse_widths(self.widths) if index not in self.blocks]
+        if left_out:
+            raise ValueError(f"widths={self.widths} names block {left_out[0]}, which blocks={self.blocks} leaves out")
         if any(not each.neurons for each in parse_widths(self.widths).values()) and not self.affine:
             raise ValueError(f"widths={self.widths}: no neurons go with affine=true")
 
@@ -103,6 +107,11 @@ class SlimFFN(BlockPass):
     def needs_feeds(self) -> bool:
         """Anything but the size of the weights has to be measured."""
         return self.select != "magnitude" or self.refit != "none"
+
+    @property
+    def asks_for(self) -> tuple[Blocks, ...]:
+        """Those that ``widths`` names as well."""
+        return (*super().asks_for, Blocks(tuple(sorted(parse_widths(self.widths)))))
 
     def width(self, block: FFNBlock) -> int:
         """Neurons that stay in ``block``."""
@@ -188,7 +197,7 @@ class SlimFFN(BlockPass):
             evidence = context.streams.evidence(block, inputs=self.maps(block), neurons=width > 0, weight=self.weight,
                                                 target=self.target, keep=keep)
             if not evidence.rows:
-                return Refused("no token of the feeds reached it", block.input.name)
+                return evidence.finite.why_none(block.input.name)
             found = self.fit(block, evidence, width)
             if keep is not None:
                 found = self._refined(block, evidence, found, keep, context)

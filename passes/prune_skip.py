@@ -17,6 +17,7 @@ from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
 from ..graph.linear import Linear, read_linear
 from ..graph.model import Model
+from ..graph.narrow import why_not_narrow
 from ..graph.norm import read_norm
 from ..graph.residual import SKIP_NORMS, Join
 from ..graph.shapes import root
@@ -77,9 +78,9 @@ class PruneSkip(BlockPass):
 
     def check(self, block: FFNBlock) -> Refused | None:
         """What cannot be refitted to the sum."""
-        refusal = _SLIM.check(block)
-        if refusal is not None:
-            return refusal
+        reason = why_not_narrow(block)
+        if reason is not None:
+            return Refused(reason, block.output.name)
         if not is_pure_branch(block):
             return Refused("its branch into the residual Add carries something else too, or is read elsewhere",
                            block.join.branch.name)

@@ -22,6 +22,7 @@ from .fitting.affine_map import put_map
 from .fitting.damage import FEEDS, damage, per_error, why_blind
 from .fitting.evidence import Evidence, Streams
 from .fitting.kept_rows import KeptRows
+from .fitting.less_work import Weights, why_no_less
 from .fitting.measure import unmeasurable
 from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
 from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
@@ -59,7 +60,9 @@ class SlimFFN(BlockPass):
     weighted by the inverse of their size in front of the next norm (``weight=auto``).
 
     Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
-    projection, blocks inside subgraphs (nothing can be measured there), or where nothing would get smaller.
+    projection, weights that the caller may override, blocks inside subgraphs (nothing can be measured there), or where there
+    would be no fewer multiply-adds (all neurons would stay, or most and an affine map; something else reads them). Where weights
+    stay in the file because something else reads them, so that it grows, a note says so.
 
     Source: docs/approximations.md; STAT, arXiv 2406.00061; GRAIL, arXiv 2602.23795; FLAP, arXiv 2312.11983; Wanda,
     arXiv 2306.11695.
@@ -125,14 +128,19 @@ class SlimFFN(BlockPass):
         return self.affine and not (own is not None and own.bare)
 
     def check(self, block: FFNBlock) -> Refused | None:
-        """What cannot be cut."""
-        reason = why_not_narrow(block)
-        if reason is None and not self.maps(block) and self.width(block) >= block.d_ff:
-            reason = f"all of its {block.d_ff} neurons would stay"
+        """What cannot be cut, or would be no less work."""
+        reason = why_not_narrow(block) or why_no_less(block, self.width(block), self.maps(block))
         return None if reason is None else Refused(reason, block.output.name)
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Fit and rewrite the blocks, each on what the ones before it give."""
+        there, _ = context.ledger.select(self.blocks)
+        weights = Weights(model, there)
+        result = self._run(model, context)
+        grown = weights.why_grown(there.keys() - {each.block for each in result.refused})
+        return result if grown is None else dataclasses.replace(result, notes=(*result.notes, grown))
+
+    def _run(self, model: Model, context: Context) -> PassResult:
         if not self.needs_feeds:
             return super().run(model, context)
         widths = self._spread(model, context) if self.spread == "sensitivity" else {}
@@ -190,6 +198,9 @@ class SlimFFN(BlockPass):
             return refusal
         assert context.streams is not None
         width = context.widths.get(block.output.name, self.width(block))
+        reason = why_no_less(block, width, self.maps(block))
+        if reason is not None:
+            return Refused(reason, block.output.name)
         kind = str(Width(width, self.affine and not self.maps(block)))
         found = context.fits.load(block, kind) if context.fits is not None else None
         if found is None:

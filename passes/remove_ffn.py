@@ -15,11 +15,12 @@ from .fitting.damage import FEEDS, why_blind
 from .fitting.evidence import Streams
 from .fitting.ladder import Step, climb
 from .fitting.measure import inside_subgraph
-from .fitting.scores import choose_blocks
+from .fitting.scores import lowest, score_blocks
 from .fitting.stand_in import FITTED, RUNGS, Measured, StandIn
-from .removal import check_selection, how_many
+from .removal import check_selection, how_many, why_unscored
 
 _WITHIN = 0.01
+_UNSCORED = "blocks that remove-ffn would take out without a score"
 _TAKEN = "what remove-ffn put in the place of each block"
 
 
@@ -48,8 +49,8 @@ class RemoveFFN(BlockPass):
 
     Does not fire on a block that an earlier pass removed or made affine; where what has to be measured cannot be (in subgraphs
     all but ``nothing``, and with ``within`` a block that the feeds that choose never run, or any where they give nothing to
-    compare or the model itself gives numbers that are not finite); or, but for plain ``keep=nothing``, where the caller may
-    override a weight. Where the branch into the Add also carries
+    compare or the model itself gives numbers that are not finite); where it would be one of ``count`` without having a score;
+    or, but for plain ``keep=nothing``, where the caller may override a weight. Where the branch into the Add also carries
     something else (attention, other experts), zeros (or the mean, or the map) take the block's place and the Add stays;
     ``scale`` is refused there. Source of ``scale``: AdaSkip, arXiv 2501.02336.
     """
@@ -97,7 +98,10 @@ class RemoveFFN(BlockPass):
         """All, or the lowest by score."""
         if self.count is None and self.fraction is None:
             return list(blocks)
-        return choose_blocks(model, blocks, how_many(self.count, self.fraction, len(blocks)), self.by, context)
+        scores = score_blocks(model, blocks, self.by, context)
+        chosen, unscored = lowest(scores, how_many(self.count, self.fraction, len(blocks)))
+        context.memo[_UNSCORED].update(unscored)
+        return chosen
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Take the blocks out, each measured on what the ones before it have become."""
@@ -107,7 +111,7 @@ class RemoveFFN(BlockPass):
         taken: dict[int, Step] = {}
         with ExitStack() as stack:
             streams = stack.enter_context(Streams(model, context)) if {self.keep} & {*FITTED, "ladder"} else None
-            memo = {**context.memo, _TAKEN: taken}
+            memo = {**context.memo, _TAKEN: taken, _UNSCORED: set[int]()}
             result = super().run(model, dataclasses.replace(context, streams=streams, memo=memo))
         notes = [f"block {index}: {step.stand_in.rung}, which moves the outputs by {step.damage:.3g}"
                  + (f" ({step.tried})" if step.tried else "") for index, step in sorted(taken.items())]
@@ -123,6 +127,8 @@ class RemoveFFN(BlockPass):
 
     def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
         """What takes the block's place."""
+        if block.index in context.memo.get(_UNSCORED, ()):
+            return Refused(why_unscored(self.by), block.output.name)
         width = min(block.d_model, block.d_out)
         rank = int(self.rank) if self.rank >= 1 else max(1, int(self.rank * width))
         measured = Measured(model, block, context, rank)

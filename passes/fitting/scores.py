@@ -21,8 +21,8 @@ from .measure import rows, unmeasurable
 Array = npt.NDArray[Any]
 
 
-def choose_blocks(model: Model, blocks: dict[int, FFNBlock], count: int, by: str, context: Context) -> list[int]:
-    """The ``count`` blocks with the lowest score, in order of execution.
+def score_blocks(model: Model, blocks: dict[int, FFNBlock], by: str, context: Context) -> dict[int, float]:
+    """Index → score; infinite where there is none.
 
     Args:
         by: ``cosine`` or ``output``; see :func:`influence` and :func:`removal_error`.
@@ -31,13 +31,17 @@ def choose_blocks(model: Model, blocks: dict[int, FFNBlock], count: int, by: str
     for index, block in blocks.items():
         context.progress(f"scoring block {index}")
         scores[index] = influence(model, block, context) if by == "cosine" else removal_error(model, block, context)
-    return lowest(scores, count)
+    return scores
 
 
-def lowest(scores: Mapping[int, float], count: int) -> list[int]:
-    """The ``count`` indices with the lowest scores, in the order of ``scores``."""
+def lowest(scores: Mapping[int, float], count: int) -> tuple[list[int], list[int]]:
+    """The ``count`` indices with the lowest scores, in the order of ``scores``, and those of them that have none to be chosen by.
+
+    Where all are to be chosen, none needs a score.
+    """
     chosen = sorted(scores, key=lambda index: (scores[index], index))[:count]
-    return [index for index in scores if index in chosen]
+    found = [index for index in scores if index in chosen]
+    return found, [index for index in found if len(found) < len(scores) and not np.isfinite(scores[index])]
 
 
 def output_error(model: Model, take_out: Callable[[Model], bool], context: Context) -> float:

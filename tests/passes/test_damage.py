@@ -92,6 +92,27 @@ def test_layers_are_not_chosen_by_outputs_that_are_no_numbers(tmp_path):
     assert "not finite" in result.refused[0].reason
 
 
+@pytest.mark.parametrize("plan", ["remove-ffn:keep=nothing,count", "remove-layer:count", "remove-attention:keep=nothing,count"])
+def test_without_a_score_none_is_chosen_by_chance(tmp_path, plan):
+    s = layers("pre", 3)
+    _, [result] = rewrite(s, tmp_path, f"{plan}=2", fit=FIT, choose=NOT_FINITE)
+    assert result.fired == 0
+    assert len(result.refused) == 2
+    assert all("by=cosine gives it no score on the feeds that choose" in each.reason for each in result.refused)
+    _, [result] = rewrite(s, tmp_path, f"{plan}=3", fit=FIT, choose=NOT_FINITE)
+    assert result.fired == 3
+
+
+def test_only_what_has_a_score_is_chosen(tmp_path):
+    model, [result] = rewrite(under_a_root(), tmp_path, "remove-ffn:keep=nothing,count=1,blocks=0-1,by=output", fit=FIT)
+    assert (result.fired, [block.name for block in find_ffn_blocks(model)]) == (1, ["/layer.0"])
+    s = layers("pre", 3)
+    down = next(node for node in s.nodes if node.name == "/layer.2/ffn/down/MatMul").input[1]
+    s.weight(np.full((32, D), np.inf, np.float32), down)
+    _, [result] = rewrite(s, tmp_path, "remove-ffn:keep=nothing,count=2,blocks=1-2+0", fit=FIT)
+    assert (result.fired, result.refused) == (2, [])
+
+
 def behind_an_if() -> Sketch:
     """A block in the branch of an If that is taken where ``wanted``, and one behind it."""
     inner = Branch()

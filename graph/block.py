@@ -10,11 +10,15 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from .activation import Activation
+from .constant import fold
 from .edit import consumers, current, producer, remove_dead, take_over
 from .linear import Linear
 from .pointwise import Array
 from .region import Region
 from .residual import Join
+
+OVERRIDABLE = "a weight is an input that the caller may override"
+"""Why a block is left alone whose weights would be replaced by what was made of their defaults."""
 
 
 @dataclass(eq=False)
@@ -145,6 +149,14 @@ class FFNBlock:
         """Whether a constant is added behind the down projection (also inside a SkipLayerNormalization)."""
         fused = self.join.node.op.startswith("Skip") and len(self.join.node.inputs) > 4 and self.join.direct
         return self.down.has_bias or bool(fused and self.join.node.inputs[-1].name)
+
+    @property
+    def overridable(self) -> bool:
+        """Whether a constant in it (a weight, a bias) is an input of the graph with a default, which the caller may override."""
+        inside = [*self.nodes, *self.region.nodes, *(node for linear in self.linears() for node in linear.nodes)]
+        unique = {id(node): node for node in inside}.values()
+        return any(linear.overridable for linear in self.linears()) or any(
+            folded is not None and folded.overridable for node in unique for folded in map(fold, node.inputs))
 
     def linears(self) -> list[Linear]:
         """Its linears, a fused gate-up once."""

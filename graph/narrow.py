@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from .block import FFNBlock
+from .block import OVERRIDABLE, FFNBlock
 from .builder import Builder
 from .constant import fold
 from .model import Model
@@ -31,8 +31,8 @@ def why_not_narrow(block: FFNBlock) -> str | None:
         return "its experts are packed in one weight"
     if block.quantized:
         return "its weights are stored as integers: run this pass before the one that quantizes"
-    if any(linear.overridable for linear in block.linears()):
-        return "a weight is an input that the caller may override"
+    if block.overridable:
+        return OVERRIDABLE
     if block.region.inner_norm:
         return "its neurons are normed together"
     if any(leaf.linear.fused_activation for leaf in block.region.leaves):

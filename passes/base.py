@@ -122,6 +122,12 @@ class Pass:
         """Whether it cannot run, with these options, without feeds."""
         return False
 
+    @property
+    def asks_for(self) -> tuple[Blocks, ...]:
+        """The blocks that its options name; none where it is not about blocks. Each index must be there."""
+        blocks = getattr(self, "blocks", None)
+        return () if blocks is None else (blocks,)
+
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite ``model`` in place."""
         raise NotImplementedError
@@ -158,6 +164,12 @@ class BlockPass(Pass):
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Rewrite one block, or refuse and leave it as it was."""
         raise NotImplementedError
+
+    def refuse_all(self, refusal: Refused, context: Context) -> PassResult:
+        """The result where one reason is against all blocks."""
+        there, refused = context.ledger.select(self.blocks, self.whole)
+        refused += [Refused(refusal.reason, refusal.value, index) for index in there]
+        return self.result(0, sorted(refused, key=lambda each: -1 if each.block is None else each.block))
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Rewrite the chosen blocks in place."""

@@ -17,7 +17,7 @@ from ..graph.narrow import why_not_narrow
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.evidence import Streams, Target
 from .fitting.linear_tasks import change_hidden, fitted_task
-from .fitting.measure import unmeasurable
+from .fitting.measure import Finite, unmeasurable
 
 Array = npt.NDArray[Any]
 
@@ -44,8 +44,8 @@ class BilinearFFN(BlockPass):
     there (``target``), or stays (``refit=none``). Blocks are fitted in order of execution on what the rewritten blocks before
     them give.
 
-    Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
-    projection, blocks inside subgraphs, or where there is no activation.
+    Does not fire on packed experts, integer weights, weights that the caller may override, blocks with a norm over their neurons
+    or an activation fused into a projection, blocks inside subgraphs, or where there is no activation.
 
     Source: bilinear layers, arXiv 2002.05202; a line for each neuron, TARDIS, arXiv 2501.10054.
     """
@@ -79,19 +79,20 @@ class BilinearFFN(BlockPass):
         if refusal is not None:
             return refusal
         sums = np.zeros((5, block.d_ff))
-        for g, u, h, w in self._tokens(block, context):
+        finite = Finite()
+        for g, u, h, w in self._tokens(block, finite, context):
             gu = g * u
             sums += np.stack([w @ (gu * gu), w @ (gu * u), w @ (u * u), w @ (gu * h), w @ (u * h)])
         if not sums[2].any():
-            return Refused("no token of the feeds reached it", block.input.name)
+            return finite.why_none(block.input.name)
         return _solve(sums)
 
-    def _tokens(self, block: FFNBlock, context: Context) -> Iterator[tuple[Array, Array, Array, Array]]:
+    def _tokens(self, block: FFNBlock, finite: Finite, context: Context) -> Iterator[tuple[Array, Array, Array, Array]]:
         """For each feed g, u and h ``[rows, d_ff]`` and the weights of the rows, in float64."""
         assert context.streams is not None
         under, beside = _weights(block.gate or block.up), _weights(block.up)
         axes = [block.axis, block.down.linear.axis]
-        for (x, h), weights in context.streams.tokens(block, [block.input, block.hidden], axes, self.weight):
+        for (x, h), weights in context.streams.tokens(block, [block.input, block.hidden], axes, self.weight, finite):
             g = x @ under[0] + under[1]
             u = x @ beside[0] + beside[1] if block.gated else np.ones_like(g)
             yield g.astype(np.float64), u.astype(np.float64), h.astype(np.float64), weights.astype(np.float64)
@@ -112,8 +113,9 @@ class BilinearFFN(BlockPass):
         change_hidden(model, block, value, prior, context)
         if self.refit == "ridge":
             evidence = context.streams.evidence(block, inputs=False, neurons=True, weight=self.weight, target=self.target)
-            task = fitted_task(block, prior, evidence, block.down.has_bias)
-            block.replace(build.linear(block.hidden, task.wanted, task.bias, axis=block.axis, hint="down"))
+            if evidence.rows:
+                task = fitted_task(block, prior, evidence, block.down.has_bias)
+                block.replace(build.linear(block.hidden, task.wanted, task.bias, axis=block.axis, hint="down"))
         context.streams.rewritten(block.output.name)
         return Rewritten(gone=None if block.gated else "made affine")
 

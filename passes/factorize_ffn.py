@@ -17,12 +17,13 @@ from ..graph.linear import Linear
 from ..graph.model import Model
 from ..graph.types import numpy_type
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .fitting.damage import FEEDS, damage, per_error, why_blind
 from .fitting.evidence import Streams, Target
 from .fitting.linear_tasks import Linearwise, Task, put_matrices, why_not_apart
 from .fitting.low_rank import Spectrum, spectrum
 from .fitting.measure import unmeasurable
 from .fitting.shrunk import OPSET, Factor, shrink
-from .fitting.spread import Curve, allocate, damage
+from .fitting.spread import Curve, allocate
 
 Array = npt.NDArray[Any]
 _STEPS = 16  # ranks looked at for each matrix
@@ -52,7 +53,8 @@ class FactorizeFFN(BlockPass):
     up and gate have lost; ``target=own`` takes its matrix as it is.
 
     Does not fire on packed experts, integer weights, an activation fused into a projection, weights that the caller may
-    override or that something else reads, or, with ``whiten=true``, on blocks inside subgraphs.
+    override or that something else reads, or, with ``whiten=true``, on blocks inside subgraphs; with ``spread=sensitivity`` not
+    where the feeds that choose give nothing to compare.
 
     Source: SVD-LLM, arXiv 2403.07378; reduced-rank regression, Izenman 1975; MatShrink (doc/matShrink.pdf of
     github.com/OpenMachine-ai/transformer-tricks).
@@ -101,6 +103,8 @@ class FactorizeFFN(BlockPass):
         if not self.whiten:
             return super().run(model, context)
         ranks = self._spread(model, context) if self.spread == "sensitivity" else {}
+        if isinstance(ranks, Refused):
+            return self.refuse_all(ranks, context)
         with Streams(model, context) as streams:
             return super().run(model, dataclasses.replace(context, streams=streams, widths=ranks))
 
@@ -143,8 +147,15 @@ class FactorizeFFN(BlockPass):
             return max(1, int(half - math.sqrt(half ** 2 - self.ratio * linear.d_in * linear.d_out)))
         return max(1, int(self.ratio * linear.d_in * linear.d_out / (linear.d_in + linear.d_out)))
 
-    def _spread(self, model: Model, context: Context) -> dict[str, int]:
-        """A rank for each linear, by the name of its output: an error of a block counts by what it does to the outputs."""
+    def _spread(self, model: Model, context: Context) -> dict[str, int] | Refused:
+        """A rank for each linear, by the name of its output: an error of a block counts by what it does to the outputs.
+
+        Blocks that the feeds that choose never run have none.
+        """
+        assert context.choose is not None
+        blind = why_blind(model, context.choose[:FEEDS], context)
+        if blind is not None:
+            return blind
         there, _ = context.ledger.select(self.blocks)
         there = {index: block for index, block in there.items()
                  if self.check(block) is None and unmeasurable(model, block) is None}
@@ -158,7 +169,9 @@ class FactorizeFFN(BlockPass):
                 spectra = {name: spectrum(task.wanted, task.gram) for name, task in tasks.items()}
                 ranks = {name: self._rank(task.linear) for name, task in tasks.items()}
                 harm = damage(model, block, _cutting(tasks, spectra, ranks), context)
-                harm /= max(sum(spectra[name].lost(rank) for name, rank in ranks.items()), 1e-30)
+                if harm is None:
+                    continue
+                harm = per_error(harm, sum(spectra[name].lost(rank) for name, rank in ranks.items()))
                 for name, task in tasks.items():
                     curves[name] = _curve(task.linear, spectra[name], ranks[name], harm)
                     budget += ranks[name] * curves[name].parameters

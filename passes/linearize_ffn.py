@@ -12,6 +12,7 @@ from ..graph.block import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.affine_map import fit_map, input_evidence, put_map, why_no_map
+from .fitting.damage import FEEDS, why_blind
 from .fitting.evidence import Streams
 from .fitting.frequent_range import LEVELS, Lines
 from .fitting.measure import unmeasurable
@@ -48,8 +49,9 @@ class LinearizeFFN(BlockPass):
     original model has there (``target=stream``: its residual stream; ``target=block``: the block's own output). Where x is
     also the residual (post-LN), the map takes the residual Add in: ``x + x A + c = x (A + I) + c``.
 
-    Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, or where the feeds bring
-    fewer tokens than the block has inputs (``fit=affine``).
+    Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, on weights that the caller may
+    override, where the feeds bring fewer tokens than the block has inputs (``fit=affine``), or with ``spread=sensitivity`` where
+    those that choose give nothing to compare.
 
     Source: closed-form affine FFNs, arXiv 2606.19379; Stein's lemma; TARDIS, arXiv 2501.10054.
     """
@@ -93,11 +95,17 @@ class LinearizeFFN(BlockPass):
         """Fit and rewrite the blocks, each on what the ones before it give."""
         if self.fit == "neuron":
             parts = self._coverage(model, context) if self.coverage < 1 and self.spread == "sensitivity" else {}
+            if isinstance(parts, Refused):
+                return self.refuse_all(parts, context)
             return super().run(model, dataclasses.replace(context, memo={**context.memo, _COVERAGE: parts}))
         with Streams(model, context, self.vary) as streams:
             return super().run(model, dataclasses.replace(context, streams=streams))
 
-    def _coverage(self, model: Model, context: Context) -> dict[str, Array]:
+    def _coverage(self, model: Model, context: Context) -> dict[str, Array] | Refused:
+        assert context.choose is not None
+        blind = why_blind(model, context.choose[:FEEDS], context)
+        if blind is not None:
+            return blind
         there, _ = context.ledger.select(self.blocks)
         there = {index: block for index, block in there.items()
                  if self.check(block) is None and unmeasurable(model, block) is None}

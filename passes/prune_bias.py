@@ -15,7 +15,7 @@ from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .exact.bias_places import BiasPlace, add_constant, inner_places, outer_place, take_away
 from .exact.later_bias import LaterBias, later_bias, through_norm
 from .fitting.bypass import is_pure_branch
-from .fitting.measure import rows, unmeasurable
+from .fitting.measure import Finite, rows, unmeasurable
 from .fitting.token_weights import token_weights
 
 Array = npt.NDArray[Any]
@@ -106,8 +106,8 @@ class PruneBias(BlockPass):
         if refusal is not None:
             return refusal
         sample = _sample(model, block, context)
-        if not len(sample.x):
-            return Refused("no token of the feeds reached it", block.input.name)
+        if isinstance(sample, Refused):
+            return sample
         own, later = outer_place(block), later_bias(block)
         takes = own is not None or (later is not None and later.norm is None) or not self.fold
         inner: list[BiasPlace] = []
@@ -165,23 +165,27 @@ class PruneBias(BlockPass):
         return Rewritten()
 
 
-def _sample(model: Model, block: FFNBlock, context: Context) -> Sample:
-    """Up to 4096 rows, spread over the feeds."""
+def _sample(model: Model, block: FFNBlock, context: Context) -> Sample | Refused:
+    """Up to 4096 rows, spread over the feeds, or why there are none."""
     assert context.fit is not None
     pure = is_pure_branch(block)
     wanted = [block.input, block.join.residual, block.join.branch] if pure else [block.input, block.output]
     each = max(1, -(-_TOKENS // len(context.fit)))
     found: list[list[Array]] = []
+    finite = Finite()
     for values in rows(model, wanted, [block.axis] * len(wanted), context.fit, context):
         if len({len(value) for value in values}) > 1 or (pure and values[1].shape != values[2].shape):
             values = [values[0], values[-1]]
-        stream = values[-1].astype(np.float64) + (values[1] if len(values) == 3 else 0)
-        good = np.isfinite(stream).all(axis=1) & np.isfinite(values[0]).all(axis=1)
+        with np.errstate(invalid="ignore"):  # rows that are not finite are left out
+            stream = values[-1].astype(np.float64) + (values[1] if len(values) == 3 else 0)
+        good = finite(stream, values[0])
         step = max(1, len(stream) // each)
         found.append([values[0][good][::step].astype(np.float64), stream[good][::step]])
         if sum(len(part[0]) for part in found) >= _TOKENS:
             break
     x, stream = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if not len(x):
+        return finite.why_none(block.input.name)
     return Sample(x, stream, token_weights(block, stream - stream.mean(axis=1, keepdims=True), [], "auto"))
 
 

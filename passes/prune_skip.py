@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ..graph.block import FFNBlock
+from ..graph.block import OVERRIDABLE, FFNBlock
 from ..graph.builder import Builder
 from ..graph.constant import fold
 from ..graph.edit import consumers, is_output, producer, remove_dead, take_over
 from ..graph.linear import Linear, read_linear
 from ..graph.model import Model
+from ..graph.narrow import why_not_narrow
 from ..graph.norm import read_norm
 from ..graph.residual import SKIP_NORMS, Join
 from ..graph.shapes import root
@@ -77,9 +78,9 @@ class PruneSkip(BlockPass):
 
     def check(self, block: FFNBlock) -> Refused | None:
         """What cannot be refitted to the sum."""
-        refusal = _SLIM.check(block)
-        if refusal is not None:
-            return refusal
+        reason = why_not_narrow(block)
+        if reason is not None:
+            return Refused(reason, block.output.name)
         if not is_pure_branch(block):
             return Refused("its branch into the residual Add carries something else too, or is read elsewhere",
                            block.join.branch.name)
@@ -119,7 +120,7 @@ class PruneSkip(BlockPass):
         assert context.streams is not None
         evidence = context.streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="sum")
         if not evidence.rows:
-            return Refused("no token of the feeds reached it", block.input.name)
+            return evidence.finite.why_none(block.input.name)
         return self._fit(block, evidence)
 
     def _fit(self, block: FFNBlock, evidence: Evidence) -> NeuronFit:
@@ -193,8 +194,9 @@ def _linear_of(y: gs.Tensor) -> Linear | None:
 def _why_not(graph: gs.Graph, linear: Linear) -> str | None:
     if linear.quantized or linear.packed or linear.gathered or linear.fused_activation is not None:
         return "its weight is no plain float matrix"
-    if linear.overridable:
-        return "its weight is an input that the caller may override"
+    if linear.overridable or any(part is not None and part.overridable
+                                 for node in linear.nodes for part in map(fold, node.inputs)):
+        return OVERRIDABLE
     if len(consumers(linear.output)) != 1 or any(is_output(graph, tensor) for node in linear.nodes for tensor in node.outputs):
         return "something else reads what it gives"
     if is_read_elsewhere(linear.node, 1):

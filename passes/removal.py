@@ -13,6 +13,7 @@ from ..graph.layers import Layer, find_layers
 from ..graph.model import Model
 from .base import Context, Pass, PassResult, Refused
 from .blocks import ALL, Blocks
+from .fitting.damage import why_blind
 from .fitting.measure import unmeasurable
 from .fitting.scores import lowest, output_error
 
@@ -36,6 +37,11 @@ def how_many(count: int | None, fraction: float | None, there: int) -> int:
     if count is None and fraction is None:
         return there
     return min(there, count if count is not None else int(np.floor(fraction * there + 0.5)))  # type: ignore[operator]
+
+
+def why_unscored(by: str) -> str:
+    """Why one of several is left that has no score to be chosen by."""
+    return (f"by={by} gives it no score on the feeds that choose" + (" (by=output may)" if by == "cosine" else ""))
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,10 @@ class Removal(Pass):
                 refused.append(Refused(refusal.reason, refusal.value, index))
                 layers.pop(index, None)
         candidates = {index: layers[index] for index in there if index in layers}
+        chosen, unchosen = self._choose(model, candidates, context)
+        refused += unchosen
         fired = 0
-        for index in self._choose(model, candidates, context):
+        for index in chosen:
             context.progress(f"{self.name}: layer of block {index}")
             candidates[index].settle()
             outcome = self.take_out(model, candidates[index], context)
@@ -102,16 +110,24 @@ class Removal(Pass):
     def _unseen(self, model: Model, layer: Layer) -> Refused | None:
         return unmeasurable(model, layer.attention[0]) if self.needs_feeds else None
 
-    def _choose(self, model: Model, layers: dict[int, Layer], context: Context) -> list[int]:
+    def _choose(self, model: Model, layers: dict[int, Layer], context: Context) -> tuple[list[int], list[Refused]]:
+        """The indices of what goes, and why others that would be among them stay."""
         count = how_many(self.count, self.fraction, len(layers))
         if not self.needs_feeds or count == len(layers):
-            return list(layers)
+            return list(layers), []
+        assert context.choose is not None
+        blind = why_blind(model, context.choose, context) if self.by == "output" else None
+        if blind is not None:
+            return [], [Refused(blind.reason, blind.value, index) for index in layers]
         scores = {}
         for index, layer in layers.items():
             context.progress(f"{self.name}: scoring the layer of block {index}")
             scores[index] = (self.influence(model, layer, context) if self.by == "cosine"
                              else output_error(model, partial(self._try, layer=layer, context=context), context))
-        return lowest(scores, count)
+        chosen, unscored = lowest(scores, count)
+        reason = why_unscored(self.by)
+        return ([index for index in chosen if index not in unscored],
+                [Refused(reason, layers[index].block.output.name, index) for index in unscored])
 
     def _try(self, trial: Model, *, layer: Layer, context: Context) -> bool:
         layers, _ = find_layers(trial, find_ffn_blocks(trial))

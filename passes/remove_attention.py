@@ -81,7 +81,7 @@ class RemoveAttention(Removal):
         mean = RunningMean()
         for [added] in rows(model, [attention.join.branch], [attention.axis], context.fit, context):
             mean.update(added)
-        return mean.mean if mean.rows else Refused("no token of the feeds reached it", attention.output.name)
+        return mean.mean if mean.rows else mean.finite.why_none(attention.output.name)
 
     def influence(self, model: Model, layer: Layer, context: Context) -> float:
         """The largest of 1 − E[cos(r, r + a)] over what would go."""

@@ -7,16 +7,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..graph.block import FFNBlock
+from ..graph.block import OVERRIDABLE, FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .fitting.affine_map import why_no_map
+from .fitting.damage import FEEDS, why_blind
 from .fitting.evidence import Streams
 from .fitting.ladder import Step, climb
-from .fitting.scores import choose_blocks
+from .fitting.measure import inside_subgraph
+from .fitting.scores import lowest, score_blocks
 from .fitting.stand_in import FITTED, RUNGS, Measured, StandIn
-from .removal import check_selection, how_many
+from .removal import check_selection, how_many, why_unscored
 
 _WITHIN = 0.01
+_UNSCORED = "blocks that remove-ffn would take out without a score"
 _TAKEN = "what remove-ffn put in the place of each block"
 
 
@@ -43,7 +47,10 @@ class RemoveFFN(BlockPass):
     (ShortGPT, arXiv 2403.03853, and for single sublayers arXiv 2406.15786), or ``by=output``, the relative error
     ‖o' − o‖/‖o‖ of the model's outputs when that one block is removed.
 
-    Does not fire on a block that an earlier pass removed or made affine. Where the branch into the Add also carries
+    Does not fire on a block that an earlier pass removed or made affine; where what has to be measured cannot be (in subgraphs
+    all but ``nothing``, and with ``within`` a block that the feeds that choose never run, or any where they give nothing to
+    compare or the model itself gives numbers that are not finite); where it would be one of ``count`` without having a score;
+    or, but for plain ``keep=nothing``, where the caller may override a weight. Where the branch into the Add also carries
     something else (attention, other experts), zeros (or the mean, or the map) take the block's place and the Add stays;
     ``scale`` is refused there. Source of ``scale``: AdaSkip, arXiv 2501.02336.
     """
@@ -72,25 +79,56 @@ class RemoveFFN(BlockPass):
         """Anything but plain removal of given blocks has to be measured."""
         return self.keep != "nothing" or any(each is not None for each in (self.within, self.count, self.fraction))
 
+    @property
+    def _limited(self) -> bool:
+        """Whether what it does to the outputs decides."""
+        return self.within is not None or self.keep == "ladder"
+
+    def check(self, block: FFNBlock) -> Refused | None:
+        """What cannot be measured or fitted, whatever the feeds."""
+        if (self.keep != "nothing" or self._limited) and block.overridable:
+            return Refused(OVERRIDABLE, block.output.name)
+        if self.keep in ("nothing", "ladder"):
+            return None
+        if block.path != "main":
+            return inside_subgraph(block)
+        return why_no_map(block) if self.keep in FITTED else None
+
     def choose(self, model: Model, blocks: dict[int, FFNBlock], context: Context) -> list[int]:
         """All, or the lowest by score."""
         if self.count is None and self.fraction is None:
             return list(blocks)
-        return choose_blocks(model, blocks, how_many(self.count, self.fraction, len(blocks)), self.by, context)
+        scores = score_blocks(model, blocks, self.by, context)
+        chosen, unscored = lowest(scores, how_many(self.count, self.fraction, len(blocks)))
+        context.memo[_UNSCORED].update(unscored)
+        return chosen
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Take the blocks out, each measured on what the ones before it have become."""
+        blind = self._why_blind(model, context)
+        if blind is not None:
+            return self.refuse_all(blind, context)
         taken: dict[int, Step] = {}
         with ExitStack() as stack:
             streams = stack.enter_context(Streams(model, context)) if {self.keep} & {*FITTED, "ladder"} else None
-            memo = {**context.memo, _TAKEN: taken}
+            memo = {**context.memo, _TAKEN: taken, _UNSCORED: set[int]()}
             result = super().run(model, dataclasses.replace(context, streams=streams, memo=memo))
         notes = [f"block {index}: {step.stand_in.rung}, which moves the outputs by {step.damage:.3g}"
                  + (f" ({step.tried})" if step.tried else "") for index, step in sorted(taken.items())]
         return dataclasses.replace(result, notes=(*result.notes, *notes))
 
+    def _why_blind(self, model: Model, context: Context) -> Refused | None:
+        """Why the feeds that choose cannot tell what is asked of them."""
+        scored = self.by == "output" and (self.count is not None or self.fraction is not None)
+        if not scored and not self._limited:
+            return None
+        assert context.choose is not None
+        return why_blind(model, context.choose if scored else context.choose[:FEEDS], context)
+
     def statistics(self, model: Model, block: FFNBlock, context: Context) -> object:
         """What takes the block's place."""
+        if block.index in context.memo.get(_UNSCORED, ()):
+            return Refused(why_unscored(self.by), block.output.name)
         width = min(block.d_model, block.d_out)
         rank = int(self.rank) if self.rank >= 1 else max(1, int(self.rank * width))
         measured = Measured(model, block, context, rank)

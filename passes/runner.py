@@ -37,11 +37,11 @@ def run_plan(model: Model, plan: Plan, *, fit: Feeds | None = None, choose: Feed
         InputError: a pass needs feeds and there are none, or asks for a block that is not there.
         BrokenByPass: a pass broke the model.
     """
-    if plan.needs_feeds and fit is None:
+    if plan.needs_feeds and not fit:
         raise InputError(f"the pass '{plan.needs_feeds[0]}' needs real inputs with these options: give them with --data")
     gate = Gate(model, provider)
     context = Context(fit, choose or fit, provider, threads, progress=progress, resume=resume, fits=fits)
-    asked = [blocks for blocks in (getattr(each, "blocks", None) for each in plan) if blocks is not None]
+    asked = [blocks for each in plan for blocks in each.asks_for]
     if asked:
         context.ledger = Ledger(model)
     for blocks in asked:

@@ -18,7 +18,7 @@ from .base import BlockPass, Context, PassResult, Refused, Rewritten
 from .fitting.affine_map import why_no_map
 from .fitting.evidence import Evidence, Streams
 from .fitting.likeness import choose_keepers, distances
-from .fitting.measure import unmeasurable
+from .fitting.measure import inside_subgraph, unmeasurable
 from .fitting.neuron_fit import Features, choose_ridge, refit
 from .fitting.twin import own_nodes, twin
 
@@ -56,8 +56,9 @@ class ShareFFN(BlockPass):
     fixes are fitted in order of execution as ``slim-ffn`` fits: on what the rewritten blocks before give, towards what the
     original model has there.
 
-    Does not fire on blocks inside subgraphs, on packed experts, on blocks with a norm over their neurons, or that share their
-    weights already, nor where ``fix=affine`` has fewer tokens than features. Blocks further apart than eight are not tied.
+    Does not fire on blocks inside subgraphs, on packed experts, on weights that the caller may override, on blocks with a norm
+    over their neurons, or that share their weights already, nor where ``fix=affine`` has fewer tokens than features. Blocks
+    further apart than eight are not tied.
 
     Source: sharing among layers, arXiv 2309.01826, 2202.07959, 2402.16840 (trained so there); the fix, docs/approximations.md.
     """
@@ -89,7 +90,7 @@ class ShareFFN(BlockPass):
         if block.shares_weights_with is not None:
             return Refused(f"it shares its weights with block {block.shares_weights_with} already", block.output.name)
         if block.path != "main":
-            return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)
+            return inside_subgraph(block)
         nodes = own_nodes(block)
         return why_no_map(block) or (nodes if isinstance(nodes, Refused) else None)
 

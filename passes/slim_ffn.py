@@ -17,14 +17,17 @@ from ..graph.model import Model
 from ..graph.narrow import Project, narrow, why_not_narrow
 from ..graph.region import Leaf
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .blocks import Blocks
 from .fitting.affine_map import put_map
+from .fitting.damage import FEEDS, damage, per_error, why_blind
 from .fitting.evidence import Evidence, Streams
 from .fitting.kept_rows import KeptRows
+from .fitting.less_work import Weights, why_no_less
 from .fitting.measure import unmeasurable
 from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
 from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
 from .fitting.refinement import refined
-from .fitting.spread import Curve, allocate, damage, widths_to_try
+from .fitting.spread import Curve, allocate, widths_to_try
 from .fitting.widths import Width, parse_widths
 
 Array = npt.NDArray[Any]
@@ -57,7 +60,9 @@ class SlimFFN(BlockPass):
     weighted by the inverse of their size in front of the next norm (``weight=auto``).
 
     Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
-    projection, blocks inside subgraphs (nothing can be measured there), or where nothing would get smaller.
+    projection, weights that the caller may override, blocks inside subgraphs (nothing can be measured there), or where there
+    would be no fewer multiply-adds (all neurons would stay, or most and an affine map; something else reads them). Where weights
+    stay in the file because something else reads them, so that it grows, a note says so.
 
     Source: docs/approximations.md; STAT, arXiv 2406.00061; GRAIL, arXiv 2602.23795; FLAP, arXiv 2312.11983; Wanda,
     arXiv 2306.11695.
@@ -95,6 +100,9 @@ class SlimFFN(BlockPass):
             raise ValueError("spread=sensitivity needs feeds: choose another select or refit")
         if self.widths and self.spread == "sensitivity":
             raise ValueError("widths and spread=sensitivity both say how widths differ over blocks: give one of them")
+        left_out = [index for index in parse_widths(self.widths) if index not in self.blocks]
+        if left_out:
+            raise ValueError(f"widths={self.widths} names block {left_out[0]}, which blocks={self.blocks} leaves out")
         if any(not each.neurons for each in parse_widths(self.widths).values()) and not self.affine:
             raise ValueError(f"widths={self.widths}: no neurons go with affine=true")
 
@@ -102,6 +110,11 @@ class SlimFFN(BlockPass):
     def needs_feeds(self) -> bool:
         """Anything but the size of the weights has to be measured."""
         return self.select != "magnitude" or self.refit != "none"
+
+    @property
+    def asks_for(self) -> tuple[Blocks, ...]:
+        """Those that ``widths`` names as well."""
+        return (*super().asks_for, Blocks(tuple(sorted(parse_widths(self.widths)))))
 
     def width(self, block: FFNBlock) -> int:
         """Neurons that stay in ``block``."""
@@ -115,17 +128,24 @@ class SlimFFN(BlockPass):
         return self.affine and not (own is not None and own.bare)
 
     def check(self, block: FFNBlock) -> Refused | None:
-        """What cannot be cut."""
-        reason = why_not_narrow(block)
-        if reason is None and not self.maps(block) and self.width(block) >= block.d_ff:
-            reason = f"all of its {block.d_ff} neurons would stay"
+        """What cannot be cut, or would be no less work."""
+        reason = why_not_narrow(block) or why_no_less(block, self.width(block), self.maps(block))
         return None if reason is None else Refused(reason, block.output.name)
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Fit and rewrite the blocks, each on what the ones before it give."""
+        there, _ = context.ledger.select(self.blocks)
+        weights = Weights(model, there)
+        result = self._run(model, context)
+        grown = weights.why_grown(there.keys() - {each.block for each in result.refused})
+        return result if grown is None else dataclasses.replace(result, notes=(*result.notes, grown))
+
+    def _run(self, model: Model, context: Context) -> PassResult:
         if not self.needs_feeds:
             return super().run(model, context)
         widths = self._spread(model, context) if self.spread == "sensitivity" else {}
+        if isinstance(widths, Refused):
+            return self.refuse_all(widths, context)
         context.memo[_UNMOVED] = {}
         with Streams(model, context, self.vary) as streams:
             result = super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
@@ -133,8 +153,12 @@ class SlimFFN(BlockPass):
         notes = [f"the neurons of block {index} were not moved: {reason}" for index, reason in left.items() if reason]
         return dataclasses.replace(result, notes=tuple(notes))
 
-    def _spread(self, model: Model, context: Context) -> dict[str, int]:
-        """A width for each block, by what its error does to the outputs."""
+    def _spread(self, model: Model, context: Context) -> dict[str, int] | Refused:
+        """A width for each block that the feeds that choose run, by what its error does to the outputs."""
+        assert context.choose is not None
+        blind = why_blind(model, context.choose[:FEEDS], context)
+        if blind is not None:
+            return blind
         there, _ = context.ledger.select(self.blocks)
         there = {index: block for index, block in there.items()
                  if self.check(block) is None and unmeasurable(model, block) is None}
@@ -143,20 +167,23 @@ class SlimFFN(BlockPass):
             for index, block in there.items():
                 context.progress(f"{self.name}: how much block {index} matters")
                 evidence = streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="own")
-                if evidence.rows:
-                    curves[index] = self._curve(model, block, evidence, context)
+                curve = self._curve(model, block, evidence, context) if evidence.rows else None
+                if curve is not None:
+                    curves[index] = curve
         budget = sum(self.width(there[index]) * curve.parameters for index, curve in curves.items())
         names = [there[index].output.name for index in curves]
         return dict(zip(names, allocate(list(curves.values()), budget), strict=True))
 
-    def _curve(self, model: Model, block: FFNBlock, evidence: Evidence, context: Context) -> Curve:
+    def _curve(self, model: Model, block: FFNBlock, evidence: Evidence, context: Context) -> Curve | None:
         features = self._features(block, evidence)
         widths = widths_to_try(block.d_ff, self.multiple)
         lost = elimination(features, [*widths, self.width(block)], _GREEDY_RIDGE)
         fit = refit(features, lost[self.width(block)][0], _GREEDY_RIDGE, 0.0)
         alone = dataclasses.replace(context, streams=None)
         harm = damage(model, block, lambda trial, same: self.rewrite(trial, same, fit, alone), context)
-        scale = harm / max(lost[self.width(block)][1], 1e-30)
+        if harm is None:
+            return None
+        scale = per_error(harm, lost[self.width(block)][1])
         leaves = len(block.region.leaves)
         return Curve(tuple(widths), tuple(scale * lost[width][1] for width in widths), leaves * block.d_model + block.d_out)
 
@@ -171,6 +198,9 @@ class SlimFFN(BlockPass):
             return refusal
         assert context.streams is not None
         width = context.widths.get(block.output.name, self.width(block))
+        reason = why_no_less(block, width, self.maps(block))
+        if reason is not None:
+            return Refused(reason, block.output.name)
         kind = str(Width(width, self.affine and not self.maps(block)))
         found = context.fits.load(block, kind) if context.fits is not None else None
         if found is None:
@@ -178,7 +208,7 @@ class SlimFFN(BlockPass):
             evidence = context.streams.evidence(block, inputs=self.maps(block), neurons=width > 0, weight=self.weight,
                                                 target=self.target, keep=keep)
             if not evidence.rows:
-                return Refused("no token of the feeds reached it", block.input.name)
+                return evidence.finite.why_none(block.input.name)
             found = self.fit(block, evidence, width)
             if keep is not None:
                 found = self._refined(block, evidence, found, keep, context)

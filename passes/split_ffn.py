@@ -41,8 +41,9 @@ class SplitFFN(BlockPass):
     original model has there (``target``); A B is what is left of its rows for R in low rank, whitened by what h_R has that h_S
     cannot say, and V_S makes good what A B has lost.
 
-    Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
-    projection, blocks inside subgraphs, or where all neurons would stay or nothing would get smaller.
+    Does not fire on packed experts, integer weights, weights that the caller may override, blocks with a norm over their neurons
+    or an activation fused into a projection, blocks inside subgraphs, or where all neurons would stay or nothing would get
+    smaller.
 
     Source: FFSplit, arXiv 2401.04044; SVD-LLM, arXiv 2403.07378.
     """
@@ -90,7 +91,7 @@ class SplitFFN(BlockPass):
             return refusal
         assert context.streams is not None
         found = context.streams.evidence(block, inputs=True, neurons=True, weight=self.weight, target=self.target)
-        return found if found.rows else Refused("no token of the feeds reached it", block.input.name)
+        return found if found.rows else found.finite.why_none(block.input.name)
 
     def rewrite(self, model: Model, block: FFNBlock, statistics: object, context: Context) -> Rewritten | Refused:
         """Put both parts in place."""

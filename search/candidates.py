@@ -10,6 +10,7 @@ from ..graph.block import FFNBlock
 from ..passes.base import Pass
 from ..passes.blocks import Blocks
 from ..passes.factorize_ffn import FactorizeFFN
+from ..passes.fitting.less_work import why_no_less
 from ..passes.fitting.widths import Width
 from ..passes.plan import EXACT_PLAN, Plan
 from ..passes.quantize_ffn import QuantizeFFN
@@ -97,10 +98,11 @@ def block_candidates(block: FFNBlock, target: str, *, few: bool = False) -> list
     matrices = len(block.linears())
     whole = matrices * block.d_ff
     slim = [Candidate(width) for width in _widths(block, _FEW_EIGHTHS if few else _EIGHTHS, multiple)
-            if matrices * width + block.d_model < whole]
+            if matrices * width + block.d_model < whole and why_no_less(block, width, affine=True) is None]
     slim += [Candidate(width, bare=True) for width in _widths(block, _FEW_BARE_EIGHTHS if few else _BARE_EIGHTHS, multiple)
-             if width < block.d_ff]
-    found = [KEEP, *(Candidate(form=form) for form in forms), Candidate(0), *slim]
+             if why_no_less(block, width, affine=False) is None]
+    alone = [Candidate(0)] if why_no_less(block, 0, affine=True) is None else []
+    found = [KEEP, *(Candidate(form=form) for form in forms), *alone, *slim]
     found += [replace(each, form=form) for each in slim for form in paired]
     found += [] if few else [Candidate(ratio=ratio) for ratio in _RATIOS]
     return [*found, Candidate(removed=True)]

@@ -76,7 +76,7 @@ class Bench:
             if each.neurons is not None:
                 evidence = self._moments(unit)
                 if not evidence.rows:
-                    return {"refused": "no token of the feeds reached it"}
+                    return {"refused": evidence.finite.why_none("").reason}
                 fits[unit] = self.workshop.fit(unit, each, evidence)
             trial = self.workshop.rewritten({unit: each}, fits)
             if trial is None:

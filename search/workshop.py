@@ -11,6 +11,7 @@ import numpy as np
 from ..graph.block import FFNBlock
 from ..graph.ffn import find_ffn_blocks
 from ..graph.model import Model
+from ..graph.narrow import why_not_narrow
 from ..passes.base import Context
 from ..passes.blocks import Blocks
 from ..passes.factorize_ffn import FactorizeFFN
@@ -149,5 +150,5 @@ class Workshop:
 
 def _able(model: Model, block: FFNBlock) -> bool:
     """Whether something can be fitted in the block's place."""
-    return SlimFFN(multiple=1).check(block) is None and unmeasurable(model, block) is None
+    return why_not_narrow(block) is None and unmeasurable(model, block) is None
 

@@ -111,3 +111,10 @@ def test_saving_over_the_input(path):
     model.save(path)
     after = run(path, FEED)
     assert np.abs(after["y"] - before["y"]).max() < 0.1
+
+
+@pytest.mark.parametrize("none", [[], ffnfold.Feeds.of([]), None])
+def test_no_feeds_at_all_are_missing_feeds(path, none):
+    with pytest.raises(ffnfold.InputError, match="needs real inputs"):
+        ffnfold.optimize(ffnfold.load(path), ["linearize-ffn"], none)
+    assert len(ffnfold.optimize(ffnfold.load(path), ["remove-ffn:keep=nothing"], none)) == 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...graph.block import FFNBlock
+from ...graph.block import OVERRIDABLE, FFNBlock
 from ...graph.builder import Builder
 from ...graph.edit import producer, remove_dead, take_over
 from ...graph.model import Model
@@ -31,14 +31,14 @@ def why_no_map(block: FFNBlock) -> Refused | None:
     """Why no affine map can stand for ``block``, or None."""
     if block.experts != 1 or any(linear.gathered for linear in block.linears()):
         return Refused("its experts are packed in one weight", block.output.name)
-    return None
+    return Refused(OVERRIDABLE, block.output.name) if block.overridable else None
 
 
 def input_evidence(block: FFNBlock, context: Context, *, weight: str, target: Target) -> Evidence | Refused:
     """Moments of x and of what the block should give, or why there are too few."""
     assert context.streams is not None
     evidence = context.streams.evidence(block, inputs=True, neurons=False, weight=weight, target=target)
-    return evidence if evidence.rows else Refused("no token of the feeds reached it", block.input.name)
+    return evidence if evidence.rows else evidence.finite.why_none(block.input.name)
 
 
 def fit_map(block: FFNBlock, evidence: Evidence) -> NeuronFit | Refused:

@@ -16,7 +16,7 @@ order (see :mod:`branch`). Where something else does, or the feeds take another 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from ..base import Context
 from .branch import branch_of
 from .bypass import is_pure_branch
 from .kept_rows import KeptRows
+from .measure import Finite
 from .stream import Stream
 from .token_weights import has_branch_norm, token_weights, weight_values
 from .varied_feeds import varied
@@ -50,11 +51,13 @@ class Evidence:
     Attributes:
         fit, held_out: over tokens to fit on, and over others that choose.
         beside: over varied copies of the tokens held out, which therefore choose nothing.
+        finite: how many tokens there were, those left out included.
     """
 
     fit: Scatter
     held_out: Scatter
     beside: Scatter
+    finite: Finite = field(default_factory=Finite)
 
     @property
     def rows(self) -> int:
@@ -63,7 +66,7 @@ class Evidence:
 
     def without_inputs(self) -> Evidence:
         """Of the groups after the first alone."""
-        return Evidence(self.fit.without_first(), self.held_out.without_first(), self.beside.without_first())
+        return Evidence(self.fit.without_first(), self.held_out.without_first(), self.beside.without_first(), self.finite)
 
     def everything(self) -> Scatter:
         """All together."""
@@ -120,15 +123,13 @@ class Streams:
             keep: takes the inputs, the targets and the weights themselves (of varied copies what is fitted to alone).
         """
         kept = None if self._resume is None else self._resume.load(3)
-        found = Evidence(*kept) if kept else Evidence(Scatter(), Scatter(), Scatter())
+        found = Evidence(kept[0], kept[1], kept[2]) if kept else Evidence(Scatter(), Scatter(), Scatter())
         few = self._real < HELD_OUT
         gathered = self._rows(block, inputs or keep is not None, neurons, weight, target, more)
         for number, (features, y, t, weights) in enumerate(gathered):
-            if kept and keep is None:
+            if kept and keep is None and found.rows:
                 continue
-            good = np.isfinite(t).all(axis=1) & np.isfinite(weights)
-            for group in features:
-                good &= np.isfinite(group).all(axis=1)
+            good = found.finite(t, weights, *features)
             position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
             held = position % HELD_OUT == HELD_OUT - 1
             if keep is not None:
@@ -148,20 +149,19 @@ class Streams:
         return found
 
     def tokens(self, block: FFNBlock, tensors: Sequence[gs.Tensor], axes: Sequence[int],
-               weight: str) -> Iterator[tuple[list[Array], Array]]:
+               weight: str, finite: Finite) -> Iterator[tuple[list[Array], Array]]:
         """For each feed the values of ``tensors`` as they are now, ``[rows, features]`` each, and the weights of the rows.
 
         Args:
             tensors: of the block; axes: where each has its features, counted from the end.
+            finite: picks the rows.
         """
         wanted = [*tensors, block.output, *weight_values(block, weight)]
         places = [*axes, *[block.axis] * (len(wanted) - len(axes))]
         for values in self._now.rows([tensor.name for tensor in wanted], places):
             found, (y, *others) = values[:len(tensors)], values[len(tensors):]
             weights = token_weights(block, y, others, weight)
-            good = np.isfinite(weights)
-            for each in found:
-                good &= np.isfinite(each).all(axis=1)
+            good = finite(y, weights, *found)
             if good.any():
                 yield [each[good] for each in found], weights[good]
 
@@ -196,8 +196,9 @@ class Streams:
         for values, (y, *others) in zip(currents, originals, strict=True):
             t = y
             if to_stream and others[0].shape == y.shape == values[-1].shape:
-                missing = others[0].astype(np.float64) - (values[-1] if target == "stream" else 0)
-                t = y + missing if branch is None else branch.towards(y, missing)
+                with np.errstate(invalid="ignore"):  # tokens that are not finite are left out
+                    missing = others[0].astype(np.float64) - (values[-1] if target == "stream" else 0)
+                    t = y + missing if branch is None else branch.towards(y, missing)
             added, beside = (y, others) if branch is None else branch.in_stream(y, others)
             yield values[:count], y, t, token_weights(block, added, beside, weight)
 

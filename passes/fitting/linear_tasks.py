@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ...graph.block import FFNBlock
+from ...graph.block import OVERRIDABLE, FFNBlock
 from ...graph.builder import Builder
 from ...graph.edit import producer, remove_dead, take_over
 from ...graph.linear import Linear
@@ -33,7 +33,6 @@ from .neuron_fit import Features, choose_ridge
 from .shrunk import Factor, Stored, multiply, product, store
 
 Array = npt.NDArray[Any]
-_UNREACHED = "no token of the feeds reached it"
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def why_not_apart(block: FFNBlock) -> Refused | None:
         reason = "its experts are packed in one weight"
     elif block.quantized:
         reason = "its weights are stored as integers: run this pass before the one that quantizes"
-    elif any(linear.overridable for linear in linears):
-        reason = "a weight is an input that the caller may override"
+    elif block.overridable:
+        reason = OVERRIDABLE
     elif any(linear.fused_activation for linear in linears):
         reason = "its activation is fused into the projection: export without ONNX Runtime's own optimization"
     return None if reason is None else Refused(reason, block.output.name)
@@ -141,7 +140,7 @@ class Linearwise:
             return None
         assert self.context.streams is not None
         found = self.context.streams.evidence(block, inputs=not hidden, neurons=hidden, weight=self.weight, target=self.target)
-        return found if found.rows else Refused(_UNREACHED, block.input.name)
+        return found if found.rows else found.finite.why_none(block.input.name)
 
     def _task(self, block: FFNBlock, linear: Linear, evidence: Evidence | None) -> Task:
         """The task of ``linear``, from the moments of what it reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ Array = npt.NDArray[Any]
 
 def unmeasurable(model: Model, block: Sublayer) -> Refused | None:
     """Why the values of ``block`` cannot be captured, or None."""
-    if block.graph is not model.graph:
-        return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)
-    return None
+    return inside_subgraph(block) if block.graph is not model.graph else None
+
+
+def inside_subgraph(block: Sublayer) -> Refused:
+    """The refusal of a block whose values cannot be captured."""
+    return Refused(f"it is inside the subgraph {block.path}, where ONNX Runtime gives no values out", block.output.name)
 
 
 def rows(model: Model, tensors: Sequence[gs.Tensor], axes: Sequence[int], feeds: Feeds,
@@ -38,16 +42,42 @@ def rows(model: Model, tensors: Sequence[gs.Tensor], axes: Sequence[int], feeds:
         yield [values[name] for name in names]
 
 
+@dataclass
+class Finite:
+    """Picks the tokens whose values are all finite, as they stream by.
+
+    Attributes:
+        seen: how many there were.
+    """
+
+    seen: int = 0
+
+    def __call__(self, *groups: Array) -> Array:
+        """Which rows to take: bool ``[rows]``. Groups are ``[rows, features]`` or ``[rows]``."""
+        good = np.ones(len(groups[0]), bool)
+        for group in groups:
+            good &= np.isfinite(group) if group.ndim == 1 else np.isfinite(group).all(axis=1)
+        self.seen += len(good)
+        return good
+
+    def why_none(self, value: str) -> Refused:
+        """Why there is no token to measure ``value`` on, where none was taken."""
+        reason = (f"none of the {self.seen} tokens that reached it has finite values" if self.seen
+                  else "no token of the feeds reached it")
+        return Refused(reason, value)
+
+
 class RunningMean:
     """Mean of rows that stream by, in float64; rows with a number that is not finite do not count."""
 
     def __init__(self) -> None:
         self.rows = 0
+        self.finite = Finite()
         self._total: Array = np.zeros(0)
 
     def update(self, values: Array) -> None:
         """Add rows ``[rows, features]``."""
-        finite = values[np.isfinite(values).all(axis=1)]
+        finite = values[self.finite(values)]
         self._total = finite.sum(axis=0, dtype=np.float64) + (self._total if self._total.size else 0.0)
         self.rows += len(finite)
 

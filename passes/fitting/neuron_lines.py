@@ -14,14 +14,13 @@ from ...graph.edit import producer, remove_dead, take_over
 from ...graph.model import Model
 from ...runtime import DiagonalMoments
 from ..base import Context, Refused, Rewritten
+from .damage import damage, per_error
 from .frequent_range import Curves, Lines, spread_coverage
-from .measure import rows
-from .spread import damage
+from .measure import Finite, rows
 from .token_weights import token_weights, weight_values
 
 Array = npt.NDArray[Any]
 _ENOUGH = 16_384  # tokens that the parts are chosen on
-_NOTHING = "no token of the feeds reached it"
 
 
 def why_no_lines(block: FFNBlock) -> Refused | None:
@@ -38,11 +37,11 @@ def why_no_lines(block: FFNBlock) -> Refused | None:
 
 def lines_everywhere(model: Model, block: FFNBlock, weight: str, context: Context) -> Lines | Refused:
     """The least-squares line of each neuron over all tokens, for z as the projection gives it."""
-    moments = DiagonalMoments()
-    for z, h, weights in _tokens(model, block, weight, context):
+    moments, finite = DiagonalMoments(), Finite()
+    for z, h, weights in _tokens(model, block, weight, finite, context):
         moments.update(z, h, weights)
     if not moments.rows:
-        return Refused(_NOTHING, block.input.name)
+        return finite.why_none(block.input.name)
     variance = moments.variance_z
     moving = variance > 1e-12 * (variance + moments.mean_z ** 2 + 1e-30)
     slope = np.where(moving, moments.covariance / np.where(moving, variance, 1), 0)
@@ -51,17 +50,19 @@ def lines_everywhere(model: Model, block: FFNBlock, weight: str, context: Contex
 
 def measure_curves(model: Model, block: FFNBlock, weight: str, context: Context, tokens: int | None = None) -> Curves | Refused:
     """How each neuron answers to each range of z, from ``tokens`` tokens or somewhat more (None: from all)."""
-    curves = Curves()
-    for z, h, weights in _tokens(model, block, weight, context):
+    curves, finite = Curves(), Finite()
+    for z, h, weights in _tokens(model, block, weight, finite, context):
         curves.update(z, h, weights)
         if tokens is not None and curves.rows >= tokens:
             break
-    return curves if curves.rows else Refused(_NOTHING, block.input.name)
+    return curves if curves.rows else finite.why_none(block.input.name)
 
 
 def choose_coverage(model: Model, blocks: Mapping[int, FFNBlock], coverage: float, weight: str,
                     context: Context) -> dict[str, Array]:
     """For each block, by the name of its output, the part of the tokens that the range of each neuron is to hold.
+
+    Blocks that the feeds that choose never run have none.
 
     An error of neuron i in block b costs s_b ‖w_i‖²: w_i its row of the down projection, s_b what the outputs of the model move
     by when this block alone gets lines (on feeds that choose), over the error of those lines.
@@ -75,7 +76,8 @@ def choose_coverage(model: Model, blocks: Mapping[int, FFNBlock], coverage: floa
         size = (block.down.weight().astype(np.float64) ** 2).sum(axis=1)
         lines = curves.lines(coverage)
         moved = damage(model, block, _putting(lines), context)
-        errors[block.output.name] = moved / max(float(size @ lines.error), 1e-30) * size[:, None] * curves.errors()
+        if moved is not None:
+            errors[block.output.name] = per_error(moved, float(size @ lines.error)) * size[:, None] * curves.errors()
     if not errors:
         return {}
     return dict(zip(errors, spread_coverage(list(errors.values()), coverage), strict=True))
@@ -97,13 +99,14 @@ def _putting(lines: Lines) -> Any:
     return lambda trial, same: put_lines(trial, same, lines)
 
 
-def _tokens(model: Model, block: FFNBlock, weight: str, context: Context) -> Iterator[tuple[Array, Array, Array]]:
+def _tokens(model: Model, block: FFNBlock, weight: str, finite: Finite,
+            context: Context) -> Iterator[tuple[Array, Array, Array]]:
     """For each feed z and h ``[rows, d_ff]`` and the weights of the rows, those left out that are not finite."""
     wanted = [block.region.leaves[0].tensor, block.hidden, block.output, *weight_values(block, weight)]
     axes = [block.up.linear.axis, block.down.linear.axis] + [block.axis] * (len(wanted) - 2)
     assert context.fit is not None
     for z, h, y, *others in rows(model, wanted, axes, context.fit, context):
         weights = token_weights(block, y, others, weight)
-        good = np.isfinite(z).all(axis=1) & np.isfinite(h).all(axis=1) & np.isfinite(weights)
+        good = finite(z, h, weights)
         if good.any():
             yield z[good], h[good], weights[good]

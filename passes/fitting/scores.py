@@ -15,13 +15,14 @@ from ...graph.model import Model
 from ...runtime import compare
 from ..base import Context
 from .bypass import bypass, is_pure_branch
+from .damage import runs
 from .measure import rows, unmeasurable
 
 Array = npt.NDArray[Any]
 
 
-def choose_blocks(model: Model, blocks: dict[int, FFNBlock], count: int, by: str, context: Context) -> list[int]:
-    """The ``count`` blocks with the lowest score, in order of execution.
+def score_blocks(model: Model, blocks: dict[int, FFNBlock], by: str, context: Context) -> dict[int, float]:
+    """Index → score; infinite where there is none.
 
     Args:
         by: ``cosine`` or ``output``; see :func:`influence` and :func:`removal_error`.
@@ -30,35 +31,45 @@ def choose_blocks(model: Model, blocks: dict[int, FFNBlock], count: int, by: str
     for index, block in blocks.items():
         context.progress(f"scoring block {index}")
         scores[index] = influence(model, block, context) if by == "cosine" else removal_error(model, block, context)
-    return lowest(scores, count)
+    return scores
 
 
-def lowest(scores: Mapping[int, float], count: int) -> list[int]:
-    """The ``count`` indices with the lowest scores, in the order of ``scores``."""
+def lowest(scores: Mapping[int, float], count: int) -> tuple[list[int], list[int]]:
+    """The ``count`` indices with the lowest scores, in the order of ``scores``, and those of them that have none to be chosen by.
+
+    Where all are to be chosen, none needs a score.
+    """
     chosen = sorted(scores, key=lambda index: (scores[index], index))[:count]
-    return [index for index in scores if index in chosen]
+    found = [index for index in scores if index in chosen]
+    return found, [index for index in found if len(found) < len(scores) and not np.isfinite(scores[index])]
 
 
 def output_error(model: Model, take_out: Callable[[Model], bool], context: Context) -> float:
-    """The mean over the model's floating-point outputs of ‖o' − o‖/‖o‖ after ``take_out``, which says whether it did anything."""
+    """The mean over the model's outputs of ‖o' − o‖/‖o‖ after ``take_out``, which says whether it did anything.
+
+    Infinite where it did not, and where an output is no number any more.
+    """
     if context.choose is None:
         raise InputError("choosing by the output needs real inputs: give them with --data")
     trial = model.copy()
     if not take_out(trial):
         return float("inf")
     drift = compare(model, trial, context.choose, provider=context.provider, threads=context.threads, allow_cpu=True)
-    errors = [metrics["rel_l2"] for metrics in drift.to_json()["outputs"].values() if metrics.get("rel_l2") is not None]
-    return float(np.mean(errors)) if errors else float("inf")
+    found = [metrics["rel_l2"] for metrics in drift.outputs.values()]
+    errors = [np.inf if each is None else each for each in found]
+    return float(np.nan_to_num(np.mean(errors), nan=np.inf, posinf=np.inf)) if errors else float("inf")
 
 
 class Cosine:
-    """1 − E[cos(before, after)] of rows that stream by."""
+    """1 − E[cos(before, after)] of rows that stream by; rows with a number that is not finite do not count."""
 
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0
 
     def update(self, before: Array, after: Array) -> None:
         """Add rows ``[rows, features]`` of both."""
+        good = np.isfinite(before).all(axis=1) & np.isfinite(after).all(axis=1)
+        before, after = before[good], after[good]
         norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
         self._total += float(((before * after).sum(axis=1) / np.maximum(norms, 1e-30)).sum())
         self._count += len(before)
@@ -87,7 +98,7 @@ def influence(model: Model, block: FFNBlock, context: Context) -> float:
 
 
 def removal_error(model: Model, block: FFNBlock, context: Context) -> float:
-    """The error of the outputs when this one block is removed."""
+    """The error of the outputs when this one block is removed; infinite where the feeds that choose never run it."""
 
     def take_out(trial: Model) -> bool:
         same = next((other for other in find_ffn_blocks(trial) if other.output.name == block.output.name
@@ -96,4 +107,6 @@ def removal_error(model: Model, block: FFNBlock, context: Context) -> float:
             bypass(trial, same, None)
         return same is not None
 
-    return output_error(model, take_out, context)
+    error = output_error(model, take_out, context)
+    assert context.choose is not None
+    return error if error or runs(model, block, context.choose, context) else float("inf")

@@ -10,20 +10,10 @@ that choose. p_b: parameters of a neuron. The sum is minimized by going down the
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from ...graph.block import FFNBlock
-from ...graph.ffn import find_ffn_blocks
-from ...graph.model import Model
-from ...runtime import compare
-from ..base import Context
 
 _STEPS = 16  # widths looked at in each block
-_FEEDS = 4  # that measure what an error does to the outputs
 
 
 @dataclass(frozen=True)
@@ -80,25 +70,3 @@ def _hull(curve: Curve) -> list[int]:
                 break
         hull.append(number)
     return hull
-
-
-def damage(model: Model, block: FFNBlock, rewrite: Callable[[Model, FFNBlock], Any], context: Context) -> float:
-    """What rewriting this one block does to the model's outputs: mean KL divergence of logits, else ‖o' − o‖² / ‖o‖²."""
-    assert context.choose is not None
-    trial = model.copy()
-    same = next(other for other in find_ffn_blocks(trial) if other.output.name == block.output.name and other.path == block.path)
-    rewrite(trial, same)
-    drift = compare(model, trial, context.choose[:_FEEDS], provider=context.provider, threads=context.threads)
-    return output_damage(drift.to_json()["outputs"])
-
-
-def output_damage(outputs: Mapping[str, Mapping[str, float | None]]) -> float:
-    """The mean over the outputs."""
-    found = []
-    for metrics in outputs.values():
-        kl, relative = metrics.get("kl_mean"), metrics.get("rel_l2")
-        if kl is not None:
-            found.append(kl)
-        elif relative is not None:
-            found.append(relative ** 2)
-    return float(np.mean(found)) if found else 0.0

@@ -105,8 +105,9 @@ class Measured:
                 before = others[0].astype(np.float64)
                 sizes = np.linalg.norm(before, axis=1)
                 there = sizes > 0
-                ratios.update(np.linalg.norm((before + added)[there], axis=1, keepdims=True) / sizes[there, None])
-        none = Refused("no token of the feeds reached it", block.output.name)
+                with np.errstate(invalid="ignore"):  # rows that are not finite do not count
+                    ratios.update(np.linalg.norm((before + added)[there], axis=1, keepdims=True) / sizes[there, None])
+        none = mean.finite.why_none(block.output.name)
         scale: StandIn | Refused = StandIn("scale", scale=float(ratios.mean[0])) if ratios.rows else none
         if not alike:
             scale = Refused("the residual has another shape than what is added to it", join.residual.name)

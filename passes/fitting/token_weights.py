@@ -34,14 +34,14 @@ def token_weights(block: FFNBlock, y: Array, others: Sequence[Array], kind: str)
     if kind == "none" or not len(y):
         return np.ones(len(y))
     stream = y.astype(np.float64)
-    if others and others[0].shape == y.shape:
-        stream = stream + others[0]
-        stream = stream - stream.mean(axis=1, keepdims=True)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # what is not finite stays so, and whoever fits leaves it out
+        if others and others[0].shape == y.shape:
+            stream = stream + others[0]
+            stream = stream - stream.mean(axis=1, keepdims=True)
         size = (stream ** 2).mean(axis=1)
-    finite = size[np.isfinite(size)]
-    average = float(finite.mean()) if len(finite) else 0.0
-    return 1.0 / (size + _FLOOR * average) if average > 0 else np.ones(len(y))
+        finite = size[np.isfinite(size)]
+        average = float(finite.mean()) if len(finite) else 0.0
+        return 1.0 / (size + _FLOOR * average) if average > 0 else np.ones(len(y))
 
 
 def has_branch_norm(block: FFNBlock) -> bool:

@@ -29,7 +29,7 @@ def parse_widths(text: str) -> dict[int, Width]:
     """Block → its width.
 
     Raises:
-        ValueError: it is not written like ``384@0+2/0@5/1344bare@3``.
+        ValueError: it is not written like ``384@0+2/0@5/1344bare@3``, or gives a block two widths.
     """
     found: dict[int, Width] = {}
     for part in text.split("/") if text else []:
@@ -43,5 +43,8 @@ def parse_widths(text: str) -> dict[int, Width]:
             raise ValueError(f"widths={text}: write it like 384@0+2/0@5/96bare@1, neurons at blocks")
         if not int(neurons) and neurons != width:
             raise ValueError(f"widths={text}: {width} would leave neither neurons nor an affine map")
+        twice = [index for index in indices if index in found]
+        if twice:
+            raise ValueError(f"widths={text}: block {twice[0]} has two widths: give it one")
         found.update(dict.fromkeys(indices, Width(int(neurons), neurons != width)))
     return found

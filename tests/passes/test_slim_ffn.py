@@ -271,7 +271,10 @@ def test_no_neurons_leave_the_map_of_linearize_ffn(tmp_path, pre_norm):
     ("widths=8", "write it like"), ("widths=8@x", "write it like"), ("widths=a@0", "write it like"),
     ("widths=8@all", "write it like"), ("widths=0@1,affine=false", "affine=true"), ("widths=bare@0", "write it like"),
     ("widths=0bare@0", "neither neurons nor an affine map"),
-    ("widths=8@1,spread=sensitivity", "give one of them")])
+    ("widths=8@1,spread=sensitivity", "give one of them"),
+    ("widths=8@0/16@0", "block 0 has two widths"), ("widths=8@0-2/16bare@1", "block 1 has two widths"),
+    ("widths=8@1,blocks=0", "names block 1, which blocks=0 leaves out"),
+    ("widths=8@0+1", "there is no block 1: the model has blocks 0 to 0")])
 def test_widths_that_are_none_are_refused(tmp_path, options, reason):
     with pytest.raises(InputError, match=reason):
         rewrite(transformer(1), tmp_path, f"slim-ffn:{options}", fit=FIT)

@@ -53,6 +53,7 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
         raise InputError("give the plan with -p or with --plan, not both")
     if no_verify and max_drift:
         raise InputError("--max-drift cannot be checked with --no-verify: leave one of them out")
+    options.one_kind_of_feeds(data, synthetic)
     plan = Plan.load(plan_file) if plan_file else Plan.parse(passes) if passes else default_plan(target)
     job = Job(model, output, plan, data=data, synthetic=synthetic, provider=provider, threads=threads,
               use_tf32=use_tf32, allow_cpu=allow_cpu,

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ..graph.errors import InputError
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 PATH = click.Path(path_type=Path)
@@ -21,6 +23,16 @@ def data(help_text: str = "Real inputs: an .npz file, a folder of them, or test_
 def synthetic() -> Decorator:
     """``--synthetic``."""
     return click.option("--synthetic", is_flag=True, help="Make inputs up from the model's specification; labelled so.")
+
+
+def one_kind_of_feeds(data: Path | None, synthetic: bool) -> None:
+    """Check that inputs are real or made up.
+
+    Raises:
+        InputError: both were asked for.
+    """
+    if data is not None and synthetic:
+        raise InputError("--data and --synthetic exclude each other: give real inputs, or have some made up")
 
 
 def provider() -> Decorator:

@@ -44,6 +44,7 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
     Vectors are rows of the last axis; rows that are padding (attention_mask 0) do not count. Exit code 1 when a limit was
     missed, 2 when CUDA was asked for and nodes that compute fell back to the CPU.
     """
+    options.one_kind_of_feeds(data, synthetic)
     limits = [parse_limit(text) for text in max_drift]
     model = Model.load(reference)
     Model.load(candidate)

@@ -20,7 +20,7 @@ from .edit import consumers, producer
 from .nbits import dequantize_nbits
 from .picked import picked
 from .row_quantized import row_quantized
-from .types import FLOATS
+from .types import FLOATS, numpy_type
 
 MICROSOFT = "com.microsoft"
 
@@ -81,6 +81,8 @@ def read_linear(node: gs.Node) -> Linear | None:
     linear = reader(node) if reader is not None else None
     if linear is not None:
         _absorb_bias(linear)
+        if linear.kind in _INTEGER:
+            _absorb_casts(linear)
     return linear
 
 
@@ -333,6 +335,25 @@ def _absorb_bias(linear: Linear) -> None:
     linear.output = add.outputs[0]
 
 
+def _absorb_casts(linear: Linear) -> None:
+    """Take the Casts around integer products, which give float32 only, as theirs: input and output are of the narrower type."""
+    before, after = producer(linear.input), _only(linear.output, "Cast")
+    if before is None or before.op != "Cast" or after is None or before.attrs.get("to") != onnx.TensorProto.FLOAT:
+        return
+    narrow, source = int(after.attrs["to"]), before.inputs[0]
+    if narrow not in _HALVES or source.dtype not in (None, narrow):
+        return
+    linear.weight, linear.bias = _as(linear.weight, narrow), None if linear.bias is None else _as(linear.bias, narrow)
+    linear.nodes = [before, *linear.nodes, after]
+    linear.input, linear.output, linear.onnx_type = source, after.outputs[0], narrow
+
+
+def _as(load: Callable[[], Array], onnx_type: int) -> Callable[[], Array]:
+    return lambda: load().astype(numpy_type(onnx_type))
+
+
+_HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+_INTEGER = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 _READERS: dict[tuple[str, str], Callable[[gs.Node], Linear | None]] = {
     ("", "MatMul"): _matmul, ("", "Gemm"): _gemm, ("", "Conv"): _conv, ("", "Einsum"): _einsum,
     ("", "MatMulInteger"): _matmul_integer,

@@ -12,12 +12,14 @@ from ..runtime.processor import products_saturate
 from .base import BlockPass, Context, PassResult, Refused
 from .int8.form_choice import NEVER_SLOWER, fastest_form, parse_shapes
 from .int8.keep_float import worst_blocks
-from .int8.linear_groups import LinearGroup, block_groups, merged
+from .int8.linear_groups import block_groups
 from .int8.other_linears import other_groups
-from .int8.quantize_unit import Form, Recipe, Unit, quantize_units, smooth_units
+from .int8.quantize_unit import Form, Recipe, quantize_units, smooth_units
+from .int8.units import Unit, doubled, tied, units_of
 from .int8.weight_codes import Rounding
 
 _BLOCK = {4: 32, 8: 128}
+_BLOCKED = 21  # opset from which on DequantizeLinear has a block_size
 _STRENGTH = {"norm": 1.0, "feeds": 0.7}
 
 
@@ -44,7 +46,7 @@ class QuantizeFFN(BlockPass):
     ``form=nbits`` (``target=cuda``, ``bits=4``) writes MatMulNBits: 4 or 8 bits, a scale for each block of inputs.
     ``form=weight-only`` writes DequantizeLinear in front of the MatMul, standard operators for any runtime.
 
-    Convolutions and packed experts have no integer kernel of this kind: they get ``weight-only`` whatever the form.
+    Convolutions and packed experts have no integer kernel of this kind: they get ``weight-only`` whatever the form, with 8 bits.
     Does not fire on weights that are stored as integers already, that the caller may override, or that are not finite.
 
     Source: ONNX operators DynamicQuantizeLinear, MatMulInteger, QuantizeLinear, DequantizeLinear; ONNX Runtime operators
@@ -126,29 +128,60 @@ class QuantizeFFN(BlockPass):
         if self.target == "auto":
             return self._raced(model, context)
         recipe, notes = self._recipe()
-        units, refused = self._units(model, context)
-        if self.keep_float is not None:
-            units, kept = self._without_worst(model, units, context)
-            refused += kept
-        needed = {"dynamic": 11, "nbits": 1, "weight-only": 10}[recipe.form]
-        if model.opset < needed:
-            refused += [unit.refused(f"the form needs opset {needed}, the model has {model.opset}") for unit in units]
+        blocks, refused = self._chosen(model, context)
+        units, others = self._units(model, blocks, context)
+        refused += others
+        reason = self._too_old(model, recipe)
+        if reason is not None:
+            refused += [each for unit in units for each in unit.refused(reason)]
             units = []
+        stored = {index for unit in units if not unit.plain for index in unit.blocks}
         known = smooth_units(model, units, recipe, context)
-        fired = 0
+        done: list[Unit] = []
         for unit, refusal in quantize_units(model, units, recipe, context, known):
             context.progress(f"{self.name}: {unit.groups[0].name}")
-            if refusal is not None:
-                refused.append(refusal)
-            fired += refusal is None
-        return self.result(fired, sorted(refused, key=lambda each: -1 if each.block is None else each.block), notes)
+            if refusal is None:
+                done.append(unit)
+            else:
+                refused += unit.refused(refusal)
+        left = {each.block for each in refused}
+        quantized = {index: blocks[index] for unit in done for index in unit.blocks if index not in left}
+        notes += doubled(quantized, {index: block for index, block in context.ledger.blocks.items() if index not in quantized})
+        return self._told(done, refused, notes + self._coarser(len(stored & set(quantized))))
+
+    def _too_old(self, model: Model, recipe: Recipe) -> str | None:
+        """Why the form cannot be written in the opset of ``model``; None where it can."""
+        needed = {"dynamic": 11, "nbits": 1, "weight-only": 10}[recipe.form]
+        if model.opset < needed:
+            return f"the form needs opset {needed}, the model has {model.opset}"
+        if recipe.form == "weight-only" and recipe.rounding.block is not None and model.opset < _BLOCKED:
+            return f"the form with a block_size needs opset {_BLOCKED}, the model has {model.opset}: leave block_size out"
+        return None
+
+    def _told(self, done: list[Unit], refused: list[Refused], notes: list[str]) -> PassResult:
+        """What was done, counted in blocks and in values that other linears read; each block refused once."""
+        once: dict[object, Refused] = {}
+        for each in refused:
+            once.setdefault(each.value if each.block is None else each.block, each)
+        blocks = {index for unit in done for index in unit.blocks} - set(once)
+        others = sum(not unit.blocks for unit in done)
+        ordered = sorted(once.values(), key=lambda each: -1 if each.block is None else each.block)
+        return self.result(len(blocks) + others, ordered, notes)
+
+    def _coarser(self, stored: int) -> list[str]:
+        """A sentence where ``stored`` blocks got more bits or longer blocks than were asked for."""
+        if not stored or (self.bits == 8 and self.block_size is None):
+            return []
+        return [f"{stored} of the blocks are convolutions or packed experts: their weights have 8 bits and one scale a column, "
+                "as there is no kernel for less"]
 
     def _raced(self, model: Model, context: Context) -> PassResult:
         """The fastest form that is never slower than the input, done; or nothing."""
-        units, refused = self._units(model, context)
-        blocks = {unit.block: context.ledger.blocks[unit.block] for unit in units if unit.block is not None}
+        blocks, refused = self._able(context)
+        units, others = self._units(model, blocks, context)
+        refused += others
         if not units:
-            return self.result(0, refused)
+            return self._told([], refused, [])
         forms: list[Form] = ["nbits"] if self.bits == 4 or self.block_size else ["dynamic", "nbits"]
         if self.form != "by-target":
             forms = [self.form]
@@ -160,20 +193,39 @@ class QuantizeFFN(BlockPass):
                               blocks, parse_shapes(self.shapes) if self.shapes else [], context)
         if choice.form is None:
             reason = f"no form is sure to be at least {NEVER_SLOWER} times as fast as the input on every shape here"
-            return self.result(0, [*refused, *(unit.refused(reason) for unit in units)], choice.notes)
+            return self._told([], refused + [each for unit in units for each in unit.refused(reason)], choice.notes)
         result = candidates[choice.form].run(model, context)
         return self.result(result.fired, result.refused, [*choice.notes, *result.notes])
 
-    def _without_worst(self, model: Model, units: list[Unit], context: Context) -> tuple[list[Unit], list[Refused]]:
-        """The units without the blocks that cost most, and those."""
-        assert self.keep_float is not None
-        blocks = {unit.block: context.ledger.blocks[unit.block] for unit in units if unit.block is not None}
-        if not blocks:
-            return units, []
+    def _able(self, context: Context) -> tuple[dict[int, FFNBlock], list[Refused]]:
+        """The blocks asked for that can be quantized, by index, and why the others cannot."""
+        blocks, refused = context.ledger.select(self.blocks)
+        for index, block in list(blocks.items()):
+            block.settle()
+            refusal = self.check(block)
+            if refusal is not None:
+                refused.append(Refused(refusal.reason, refusal.value, index))
+                del blocks[index]
+        return self._apart(blocks, refused, context)
+
+    def _apart(self, blocks: dict[int, FFNBlock], refused: list[Refused],
+               context: Context) -> tuple[dict[int, FFNBlock], list[Refused]]:
+        """``blocks`` without those that run a projection of a block which is not among them."""
+        there = context.ledger.blocks
+        bound = tied(blocks, {index: there[index] for index in there if index not in blocks})
+        reasons = [Refused(f"it runs a projection of block {other}, which stays as it is", blocks[index].output.name, index)
+                   for index, other in bound.items()]
+        return {index: block for index, block in blocks.items() if index not in bound}, [*refused, *reasons]
+
+    def _chosen(self, model: Model, context: Context) -> tuple[dict[int, FFNBlock], list[Refused]]:
+        """The blocks to quantize, without those that ``keep_float`` leaves alone, and why the others are not among them."""
+        blocks, refused = self._able(context)
+        if self.keep_float is None or not blocks:
+            return blocks, refused
         worst = worst_blocks(model, dataclasses.replace(self, keep_float=None), blocks, self.keep_float, context)
-        kept = [unit.refused(f"kept in float: alone it moves an output by rel_l2 {worst[unit.block]:.2g}")
-                for unit in units if unit.block in worst]
-        return [unit for unit in units if unit.block not in worst], kept
+        refused += [Refused(f"kept in float: alone it moves an output by rel_l2 {worst[index]:.2g}", block.output.name, index)
+                    for index, block in blocks.items() if index in worst]
+        return self._apart({index: block for index, block in blocks.items() if index not in worst}, refused, context)
 
     def _recipe(self) -> tuple[Recipe, list[str]]:
         """What the options come to on this machine, and sentences about it."""
@@ -193,26 +245,11 @@ class QuantizeFFN(BlockPass):
         return Recipe(form, rounding, self.row_scale, self.smooth, strength, self.gptq, self.bias_correction,
                       self.target != "cuda"), notes
 
-    def _units(self, model: Model, context: Context) -> tuple[list[Unit], list[Refused]]:
-        """What is to be quantized, in order of execution, and what is not."""
-        there, refused = context.ledger.select(self.blocks)
-        groups: list[LinearGroup] = []
-        index_of: dict[int, int] = {}
-        for index, block in there.items():
-            block.settle()
-            refusal = self.check(block)
-            if refusal is not None:
-                refused.append(Refused(refusal.reason, refusal.value, index))
-                continue
-            groups += block_groups(block)
-            index_of[id(block)] = index
+    def _units(self, model: Model, blocks: dict[int, FFNBlock], context: Context) -> tuple[list[Unit], list[Refused]]:
+        """What is to be quantized of ``blocks`` and, where asked for, of other linears, and which of those are left alone."""
+        groups = [group for block in blocks.values() for group in block_groups(block)]
+        refused: list[Refused] = []
         if self.also != "nothing":
-            others, reasons = other_groups(model, context.ledger.blocks.values(), self.also == "everything")
+            others, refused = other_groups(model, context.ledger.blocks.values(), self.also == "everything")
             groups += others
-            refused += reasons
-        units: dict[object, Unit] = {}
-        for group in merged(groups):
-            number = None if group.block is None else index_of[id(group.block)]
-            key = ("input", id(group.input)) if number is None else ("block", number)
-            units.setdefault(key, Unit(number, [])).groups.append(group)
-        return list(units.values()), refused
+        return units_of(groups, blocks), refused

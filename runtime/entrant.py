@@ -12,7 +12,7 @@ from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.store import read_model
 from .feed_check import check_keys
-from .feeds import Feed, Feeds
+from .feeds import Feed, Feeds, name_of
 from .machine import ResidentMemory
 from .onnx_runtime import complaints, onnx_runtime
 from .ort_values import device_value
@@ -70,38 +70,42 @@ class Entrant:
             self.session = open_session(variant.source, provider=provider, threads=threads, use_tf32=use_tf32,
                                         config={**_CONFIG, **variant.config}, provider_options=settings, trace=True)
             self.load_ms = (time.perf_counter() - start) * 1e3
+            self._runs = [_Run(self.session, variant.title, feed, number, cuda_graph) for number, feed in enumerate(feeds, 1)]
+            self._runs[0].milliseconds(graph=False)
             with complaints(variant.title, "run"):
-                self._runs = [_Run(self.session, feed, number, cuda_graph) for number, feed in enumerate(feeds, 1)]
-                self._runs[0].milliseconds(graph=False)
                 self.placement: Placement | None = self.session.placement()
                 if not allow_cpu:
                     self.session.check_placement()
-                for run in self._runs * warm_up:
-                    for graph in {False, cuda_graph}:
-                        run.milliseconds(graph=graph)
+            for run in self._runs * warm_up:
+                for graph in {False, cuda_graph}:
+                    run.milliseconds(graph=graph)
         self.peak_bytes = memory.peak_bytes
 
     def milliseconds(self, feed: int, *, graph: bool) -> float:
         """Run feed number ``feed`` once, as a CUDA graph or not, and say how long it took, the device synchronized."""
-        with complaints(self.variant.title, "run"):
-            return self._runs[feed].milliseconds(graph=graph)
+        return self._runs[feed].milliseconds(graph=graph)
 
     def outputs(self, feed: int, *, graph: bool) -> dict[str, Any]:
         """What a run on feed number ``feed`` gives, as arrays."""
-        with complaints(self.variant.title, "run"):
-            return self._runs[feed].outputs(graph=graph)
+        return self._runs[feed].outputs(graph=graph)
 
 
 class _Run:
     """One feed bound to the device, with room for its outputs there."""
 
-    def __init__(self, session: Session, feed: Feed, number: int, cuda_graph: bool) -> None:
+    def __init__(self, session: Session, title: str, feed: Feed, number: int, cuda_graph: bool) -> None:
         self.session = session
+        self._title, self._feed = title, name_of(feed)
         self.binding = session.raw.io_binding()
         self.plain = _quiet_options({"gpu_graph_id": _NO_GRAPH} if cuda_graph else {})
         self.graphed = _quiet_options({"gpu_graph_id": str(number)}) if cuda_graph else None
         self._held: list[Any] = []  # the binding does not keep the arrays alive
         check_keys(session.name, feed, session.inputs)
+        with complaints(self._title, "run", self._feed):
+            self._bind(feed, cuda_graph)
+
+    def _bind(self, feed: Feed, cuda_graph: bool) -> None:
+        session = self.session
         kinds = {spec.name: spec for spec in session.inputs}
         for name, array in feed.items():
             if not hasattr(array, "dtype") or not kinds[name].is_tensor:
@@ -116,16 +120,18 @@ class _Run:
     def milliseconds(self, *, graph: bool) -> float:
         """How long one run takes, from binding to results on the device."""
         options = self.graphed if graph else self.plain
-        self.binding.synchronize_inputs()
-        start = time.perf_counter()
-        self.session.raw.run_with_iobinding(self.binding, options)
-        self.binding.synchronize_outputs()
-        return (time.perf_counter() - start) * 1e3
+        with complaints(self._title, "run", self._feed):
+            self.binding.synchronize_inputs()
+            start = time.perf_counter()
+            self.session.raw.run_with_iobinding(self.binding, options)
+            self.binding.synchronize_outputs()
+            return (time.perf_counter() - start) * 1e3
 
     def outputs(self, *, graph: bool) -> dict[str, Any]:
         """The outputs of one run, copied to the CPU."""
         self.milliseconds(graph=graph)
-        return dict(zip((spec.name for spec in self.session.outputs), self.binding.copy_outputs_to_cpu(), strict=True))
+        with complaints(self._title, "run", self._feed):
+            return dict(zip((spec.name for spec in self.session.outputs), self.binding.copy_outputs_to_cpu(), strict=True))
 
     def _fix_addresses(self) -> None:
         """A CUDA graph replays on the same addresses: run once without one, then keep the outputs where they came out."""

@@ -30,7 +30,7 @@ def check_keys(where: str, given: Iterable[str], inputs: Sequence[InputSpec]) ->
 
 
 def check_array(where: str, spec: InputSpec, dtype: np.dtype[Any], shape: Sequence[int]) -> None:
-    """Check the type, the rank and the fixed dimensions of an array for ``spec``.
+    """Check the type (in any byte order), the rank and the fixed dimensions of an array for ``spec``.
 
     Raises:
         InputError: one does not fit; says what was expected and what was given.
@@ -47,7 +47,14 @@ def check_array(where: str, spec: InputSpec, dtype: np.dtype[Any], shape: Sequen
         raise InputError(f"{where} has the wrong shape: expected {spec.shape_text}, given {list(shape)}")
 
 
+def native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """``dtype`` in this machine's byte order."""
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
 def _fits(spec: InputSpec, dtype: np.dtype[Any]) -> bool:
     if spec.dtype == object:
         return dtype.kind in "US"
-    return dtype == spec.dtype or (dtype.kind == "V" and spec.dtype.isbuiltin != 1 and dtype.itemsize == spec.dtype.itemsize)
+    if native(dtype) == spec.dtype:
+        return True
+    return bool(dtype.kind == "V" and spec.dtype.isbuiltin != 1 and dtype.itemsize == spec.dtype.itemsize)

@@ -14,12 +14,29 @@ from typing import Any, overload
 import numpy as np
 
 from ..graph.errors import InputError
-from .feed_check import check_array, check_keys
+from .feed_check import check_array, check_keys, native
 from .onnx_data import data_set_folders, is_data_set, load_data_set
 from .specs import Array, InputSpec
 
 Feed = dict[str, Any]
 """Input name → array; a list of arrays for a sequence; None for an optional without a value."""
+
+
+class NamedFeed(dict[str, Any]):
+    """A feed with its name for messages: the file it was read from, or its number.
+
+    Attributes:
+        where: that name.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def name_of(feed: Mapping[str, Any]) -> str | None:
+    """What messages call ``feed``; None where it has no name."""
+    return feed.where if isinstance(feed, NamedFeed) else None
 
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -39,7 +56,7 @@ class Feeds(Sequence[Feed]):
     @classmethod
     def of(cls, feeds: Sequence[Mapping[str, Any]], *, synthetic: bool = False) -> Feeds:
         """Feeds that are in memory already."""
-        return cls([partial(dict, feed) for feed in feeds], synthetic=synthetic)
+        return cls([partial(NamedFeed, feed, f"feed {number}") for number, feed in enumerate(feeds)], synthetic=synthetic)
 
     @property
     def kind(self) -> str:
@@ -92,7 +109,7 @@ def load_feeds(path: str | PathLike[str], inputs: Sequence[InputSpec]) -> Feeds:
     for file in files:
         if is_data_set(file):
             load_data_set(file, inputs)
-            loaders.append(partial(load_data_set, file, inputs))
+            loaders.append(partial(_load_folder, file, inputs))
         else:
             _check_headers(file, inputs)
             loaders.append(partial(_load_npz, file, inputs))
@@ -111,8 +128,12 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(int(dim) for dim in dims.split("x") if dim)
 
 
+def _load_folder(folder: Path, inputs: Sequence[InputSpec]) -> Feed:
+    return NamedFeed(load_data_set(folder, inputs), str(folder))
+
+
 def _load_npz(file: Path, inputs: Sequence[InputSpec]) -> Feed:
-    feed: Feed = {}
+    feed = NamedFeed({}, str(file))
     specs = {spec.name: spec for spec in inputs}
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -151,8 +172,9 @@ def _keys(file: Path, keys: Sequence[str], inputs: Sequence[InputSpec]) -> dict[
 
 
 def _named(array: Array, spec: InputSpec) -> Array:
-    """``array``, row-major, in the type that NumPy's file format cannot name (bfloat16 is stored as two anonymous bytes)."""
-    array = np.asarray(array, order="C")
+    """``array``, row-major, in this machine's byte order, in the type that NumPy's file format cannot name (bfloat16 is stored as
+    two anonymous bytes)."""
+    array = np.asarray(array, native(array.dtype), order="C")
     return array.view(spec.dtype) if array.dtype.kind == "V" else array
 
 

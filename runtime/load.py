@@ -6,7 +6,7 @@ import onnx
 
 from ..graph.model import Model
 from ..graph.weights import stub_key
-from .onnx_runtime import onnx_runtime
+from .onnx_runtime import MISSING_KERNEL, onnx_runtime
 
 
 def load_complaint(model: Model) -> str | None:
@@ -28,7 +28,7 @@ def load_complaint(model: Model) -> str | None:
 
 def is_missing_kernel(complaint: str) -> bool:
     """Whether ``complaint`` is about nothing but an operator that this provider has no kernel for in its types."""
-    return "Could not find an implementation" in complaint
+    return MISSING_KERNEL in complaint
 
 
 def _loads(data: bytes) -> bool:

@@ -13,7 +13,11 @@ from ..graph.errors import InputError
 from .cuda_libraries import preload_cuda
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+MISSING_KERNEL = "Could not find an implementation"
 _FATAL = 4
+_NO_KERNEL = (": there is no such kernel in the model's element type (a CPU has none for bfloat16): take another --provider, "
+              "convert the model to float32 or float16 first, or 'optimize --no-verify' with passes that need no feeds")
+_ON_FEED = ": check its values and sizes, e.g. that token ids are in the vocabulary and no dimension is 0"
 
 
 @cache
@@ -83,14 +87,18 @@ def _preload() -> None:
 
 
 @contextlib.contextmanager
-def complaints(name: str, doing: str) -> Iterator[None]:
-    """Turn what ONNX Runtime raises into an ``InputError`` of one line about the model ``name``."""
+def complaints(name: str, doing: str, feed: str | None = None) -> Iterator[None]:
+    """Turn what ONNX Runtime raises into an ``InputError`` of one line about the model ``name``, or the feed called ``feed``."""
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{name}: ONNX Runtime cannot {doing} it: {one_line(error)}") from None
+        said = one_line(error)
+        if feed is not None:
+            raise InputError(f"{feed}: ONNX Runtime cannot {doing} {name} on it: {said}{_ON_FEED}") from None
+        mend = _NO_KERNEL if MISSING_KERNEL in said else ""
+        raise InputError(f"{name}: ONNX Runtime cannot {doing} it: {said}{mend}") from None
 
 
 def one_line(error: Exception) -> str:

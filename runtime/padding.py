@@ -17,8 +17,9 @@ class Padding:
     """The padding of one feed.
 
     A mask ``[batch, tokens]`` says what is padding in values whose leading dimensions are those, flattened to
-    ``batch·tokens`` or not, and in states ``[batch, heads, tokens, d]``. Other values have none. Where a past is fed
-    too, the mask is longer than the tokens and its end is theirs.
+    ``batch·tokens`` or not, in states ``[batch, heads, tokens, d]``, and in values ``[tokens, batch, …]``. Where both sizes are
+    the same, and where rows are flattened, batch is taken to come first. Other values have none. Where a past is fed too, the
+    mask is longer than the tokens and its end is theirs.
     """
 
     def __init__(self, feed: Mapping[str, Any]) -> None:
@@ -27,8 +28,8 @@ class Padding:
             mask = feed.get(name)
             if isinstance(mask, np.ndarray) and mask.ndim == 2 and not (mask != 0).all():
                 self.masks.append(mask != 0)
-                tokens = next((feed[key].shape[1] for key in _TOKENS
-                               if isinstance(feed.get(key), np.ndarray) and feed[key].ndim >= 2), mask.shape[1])
+                tokens = next((feed[key].shape[1] for key in _TOKENS if isinstance(feed.get(key), np.ndarray)
+                               and feed[key].ndim >= 2 and len(feed[key]) == len(mask)), mask.shape[1])
                 if name == _MASKS[0] and 0 < tokens < mask.shape[1]:
                     self.masks.append(mask[:, -tokens:] != 0)
 
@@ -45,6 +46,8 @@ class Padding:
                 return mask.reshape(-1)
             if len(shape) == 4 and (leading[0], leading[2]) == mask.shape:
                 return _spread(mask, leading, (0, 2))
+            if leading[:2] == mask.shape[::-1]:
+                return _spread(mask.T, leading, (0, 1))
         return None
 
 

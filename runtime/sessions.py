@@ -11,6 +11,7 @@ from typing import Any
 from ..graph.errors import InputError
 from ..graph.model import Model
 from .feed_check import check_keys
+from .feeds import name_of
 from .lean import make_lean
 from .onnx_runtime import PROVIDERS, complaints, onnx_runtime, providers, session_options
 from .ort_values import array_value, is_foreign, to_array, weight_value
@@ -77,12 +78,14 @@ class Session:
         """Give back its memory; only ``inputs`` and ``outputs`` can be asked for then."""
         self.raw, self._held = None, ()
 
-    def run(self, feed: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
+    def run(self, feed: Mapping[str, Any], names: Sequence[str] | None = None, *,
+            of: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run once.
 
         Args:
             feed: input name → array (list of arrays for a sequence, None for an optional without a value).
             names: the outputs wanted; None for all.
+            of: the feed that ``feed`` was made from, for messages; ``feed`` itself where nothing is said.
 
         Returns:
             Output name → array; a list for a sequence.
@@ -99,7 +102,7 @@ class Session:
             return {}
         check_keys(self.name, feed, self.inputs)
         specs = [*(spec for spec in self.inputs if spec.name in feed), *(outputs[name] for name in wanted)]
-        with complaints(self.name, "run"):
+        with complaints(self.name, "run", name_of(feed if of is None else of)):
             if any(spec.is_tensor and is_foreign(spec.element_type) for spec in specs):
                 return self._run_bound(feed, wanted)
             return dict(zip(wanted, self.raw.run(wanted, dict(feed)), strict=True))

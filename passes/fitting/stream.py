@@ -81,7 +81,7 @@ class Stream:
         for number, feed in enumerate(self._feeds):
             given = {name: array for name, array in feed.items() if name in taken and name not in known}
             given |= {name: self._load(number, name) for name in known if name in taken}
-            values = session.run(given, wanted)
+            values = session.run(given, wanted, of=feed)
             for name in frontier:
                 self._save(number, name, values[name])
             padding = Padding(feed)

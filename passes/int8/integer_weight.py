@@ -69,15 +69,22 @@ class IntegerWeight:
             return (build.constant(stored, f"{hint}_weight_int8"),
                     build.constant_as(self.scales.reshape(-1), onnx.TensorProto.FLOAT, f"{hint}_weight_scale"))
 
-        return self.shared(build, make)
+        return self.shared(build, "dynamic", make)
 
-    def shared(self, build: Builder, make: Callable[[], tuple[gs.Constant, ...]]) -> Any:
-        """What ``make`` gives, or what it gave for another linear with the same weight in the same graph."""
+    def shared(self, build: Builder, form: str, make: Callable[[], tuple[gs.Constant, ...]], *, inner: bool = False) -> Any:
+        """What ``make`` gives, or what it gave for another linear with the same weight in the same ``form``.
+
+        It lies in the graph that the weight lies in, so that branches and bodies which read one weight read one constant; or,
+        ``inner``, in the graph that reads it.
+        """
         if self.key is None:
             return make()
-        key = ("integers", id(build.graph), *self.key)
+        home = build.graph if inner else getattr(self.linear.source, "home", None) or build.graph
+        key = (form, id(home), *self.key)
         if key not in self.made:
             self.made[key] = make()
+            for constant in self.made[key]:
+                constant.home = home
         return self.made[key]
 
 

@@ -77,15 +77,25 @@ def _depth(block: FFNBlock) -> float | None:
     return 1.01 * depth if depth <= _DEEPEST else None  # NaN is not
 
 
+def is_matrix(linear: Linear) -> bool:
+    """Whether the weight is one matrix over the last axis, so that it can be written ``[d_in, d_out]``."""
+    return linear.axis == -1 and linear.experts == 1 and not linear.gathered
+
+
+def is_plain(group: LinearGroup) -> bool:
+    """Whether the linears are single matrices over the last axis, multiplied from the right."""
+    return all(is_matrix(linear) and linear.node.inputs[0] is linear.input for linear in group.linears)
+
+
 def merged(groups: Iterable[LinearGroup]) -> list[LinearGroup]:
-    """Groups that read the same value become one (attention and FFN in parallel); each linear once."""
-    found: dict[int, LinearGroup] = {}
+    """Groups of one graph that read the same value become one (attention and FFN in parallel); each linear once."""
+    found: dict[tuple[int, int], LinearGroup] = {}
     for group in groups:
         for linear in group.linears:
-            known = found.get(id(linear.input))
+            key = (id(group.graph), id(linear.input))
+            known = found.get(key)
             if known is None:
-                found[id(linear.input)] = LinearGroup(group.name, group.path, group.graph, [linear], group.block, group.down,
-                                                      group.lowest)
+                found[key] = LinearGroup(group.name, group.path, group.graph, [linear], group.block, group.down, group.lowest)
             elif all(linear.node is not other.node for other in known.linears):
                 known.linears.append(linear)
     return list(found.values())

@@ -37,7 +37,7 @@ def quantize_nbits(build: Builder, linear: Linear, weight: IntegerWeight, int8_a
         return (build.constant(stored, f"{hint}_weight_int{bits}"),
                 build.constant(np.ascontiguousarray(weight.scales.T).reshape(-1), f"{hint}_weight_scale"))
 
-    codes, scales = weight.shared(build, make)
+    codes, scales = weight.shared(build, "nbits", make)
     attributes: dict[str, Any] = {"accuracy_level": _INT8_ARITHMETIC} if int8_arithmetic else {}
     y = build.contrib("MatMulNBits", linear.input, codes, scales, hint=f"{hint}_int{bits}", K=d_in, N=d_out, bits=bits,
                       block_size=block, **attributes)

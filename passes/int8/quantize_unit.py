@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import onnx_graphsurgeon as gs
 
 from ...graph.builder import Builder
 from ...graph.model import Model
-from ..base import Context, Refused
+from ..base import Context
 from .dynamic_int8 import quantize_group
 from .error_compensation import Spreading
 from .input_statistics import InputStatistics, held_at_once, input_statistics
 from .integer_weight import IntegerWeight, integer_weight
-from .linear_groups import LinearGroup
+from .linear_groups import LinearGroup, is_matrix, is_plain
 from .nbits import quantize_nbits
 from .row_choice import measure_rows
 from .smooth import can_divide_hidden, counterweights, factors, smooth
+from .units import Unit
 from .weight_codes import Rounding
-from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, is_matrix, stored_weight
+from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, stored_weight
 
 Form = Literal["dynamic", "nbits", "weight-only"]
 
@@ -53,25 +54,6 @@ class Recipe:
         return self.compensate or self.correct_bias or (self.rounding.scale == "mse" and self.smooth == "feeds")
 
 
-@dataclass(eq=False)
-class Unit:
-    """Groups that are quantized together or not at all: an FFN block, or linears that read one value.
-
-    Attributes:
-        block: index of the block, None for other linears.
-        groups: in order of execution.
-        smoothed: what the weights of a group now hold besides the numbers of the file; set by ``smooth_units``.
-    """
-
-    block: int | None
-    groups: list[LinearGroup]
-    smoothed: list[str] = field(default_factory=list)
-
-    def refused(self, reason: str) -> Refused:
-        """Left alone because of ``reason``."""
-        return Refused(reason, self.groups[-1].linears[-1].output.name, self.block)
-
-
 Known = dict[int, InputStatistics | None]
 """The identity of a value that is read → what the feeds tell of it."""
 
@@ -85,14 +67,14 @@ def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: C
     """
     if recipe.smooth == "none":
         return {}
-    groups = [group for unit in units for group in unit.groups if _plain(group)]
+    groups = [group for unit in units for group in unit.groups if is_plain(group)]
     known: Known = {}
     lasting = recipe.measures and (not recipe.compensate or held_at_once(_values(model, groups)))
     if recipe.smooth == "feeds" and recipe.form == "dynamic":
         known = dict(_measured(model, groups, context, gram=recipe.compensate and lasting))
     for unit in units:
         for group in reversed(unit.groups):  # what is divided by in the up projection must be known before that is smoothed
-            if not _plain(group) or (group.down and not (recipe.smooth == "feeds" and can_divide_hidden(group))):
+            if not is_plain(group) or (group.down and not (recipe.smooth == "feeds" and can_divide_hidden(group))):
                 continue
             scale, statistics = None, known.get(id(group.input))
             if recipe.form == "dynamic":
@@ -109,7 +91,7 @@ def smooth_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: C
 
 
 def quantize_units(model: Model, units: Sequence[Unit], recipe: Recipe, context: Context,
-                   known: Known) -> Iterator[tuple[Unit, Refused | None]]:
+                   known: Known) -> Iterator[tuple[Unit, str | None]]:
     """Quantize the units one after the other; each comes with why it was left alone, or None.
 
     Args:
@@ -118,21 +100,16 @@ def quantize_units(model: Model, units: Sequence[Unit], recipe: Recipe, context:
     statistics = dict(known)
     waiting = list(units)
     if recipe.measures and not known:
-        groups = [group for unit in units for group in unit.groups if _plain(group)]
+        groups = [group for unit in units for group in unit.groups if is_plain(group)]
         for key, found in _measured(model, groups, context, gram=recipe.compensate):
             statistics[key] = found
-            while waiting and all(id(group.input) in statistics for group in waiting[0].groups if _plain(group)):
+            while waiting and all(id(group.input) in statistics for group in waiting[0].groups if is_plain(group)):
                 unit = waiting.pop(0)
                 yield unit, _quantize(model, unit, recipe, statistics, context)
                 for group in unit.groups:
                     statistics[id(group.input)] = None  # its Gram matrix is no longer needed
     for unit in waiting:
         yield unit, _quantize(model, unit, recipe, statistics, context)
-
-
-def _plain(group: LinearGroup) -> bool:
-    """Whether the linears are single matrices over the last axis."""
-    return all(is_matrix(linear) and linear.node.inputs[0] is linear.input for linear in group.linears)
 
 
 def _measured(model: Model, groups: Sequence[LinearGroup], context: Context,
@@ -151,21 +128,21 @@ def _values(model: Model, groups: Sequence[LinearGroup]) -> list[tuple[gs.Tensor
 
 
 def _quantize(model: Model, unit: Unit, recipe: Recipe, statistics: Mapping[int, InputStatistics | None],
-              context: Context) -> Refused | None:
+              context: Context) -> str | None:
     made: MutableMapping[object, Any] = context.memo
-    whole = all(_plain(group) for group in unit.groups)
-    if not whole:
+    if not unit.plain:
         return _quantize_stored(model, unit, recipe)
     weights: list[list[IntegerWeight]] = []
     for group in unit.groups:
         found = []
+        rounding = recipe.rounding.fitted(group.d_in)
         known = statistics.get(id(group.input))
         gram = None if known is None or not recipe.compensate else known.gram
-        spreading = None if gram is None else Spreading.of(gram, recipe.rounding)
+        spreading = None if gram is None else Spreading.of(gram, rounding)
         for linear in group.linears:
-            weight = integer_weight(linear, recipe.rounding, made, known, spreading=spreading, correct_bias=recipe.correct_bias)
+            weight = integer_weight(linear, rounding, made, known, spreading=spreading, correct_bias=recipe.correct_bias)
             if weight is None:
-                return unit.refused("a weight is not finite")
+                return "a weight is not finite"
             found.append(weight)
         weights.append(found)
     for group, found in zip(unit.groups, weights, strict=True):
@@ -188,7 +165,7 @@ def _by_rows(group: LinearGroup, recipe: Recipe) -> bool:
     return group.loud if group.loud is not None else group.down or not group.smoothed
 
 
-def _quantize_stored(model: Model, unit: Unit, recipe: Recipe) -> Refused | None:
+def _quantize_stored(model: Model, unit: Unit, recipe: Recipe) -> str | None:
     """Convolutions and packed experts have no integer kernel of this kind: their weights are stored as int8."""
     largest = recipe.rounding.largest if recipe.rounding.bits == 8 else 127
     columns = Rounding(largest)
@@ -198,7 +175,7 @@ def _quantize_stored(model: Model, unit: Unit, recipe: Recipe) -> Refused | None
             found: StoredWeight | IntegerWeight | str | None
             found = integer_weight(linear, columns, {}) if is_matrix(linear) else stored_weight(linear, largest)
             if found is None or isinstance(found, str):
-                return unit.refused(found or "a weight is not finite")
+                return found or "a weight is not finite"
             jobs.append((group, number, found))
     for group, number, found in jobs:
         build = Builder(model, group.graph, group.name, group.onnx_type)

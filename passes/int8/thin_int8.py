@@ -15,9 +15,9 @@ from ...graph.linear import Linear, read_linear
 from ...graph.model import Model
 from .dynamic_int8 import quantize_group
 from .integer_weight import integer_weight
-from .linear_groups import LinearGroup, merged
+from .linear_groups import LinearGroup, is_matrix, merged
 from .weight_codes import Rounding
-from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, is_matrix, stored_weight
+from .weight_only_int8 import StoredWeight, dequantize_matrix, dequantize_stored, stored_weight
 
 Array = npt.NDArray[Any]
 Storage = Literal["weight-only", "dynamic", "float"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+_SHORTEST = 16  # block that ONNX Runtime has kernels for
 _FRACTIONS = np.linspace(1.0, 0.5, 21)  # of the largest magnitude, tried by scale=mse
 
 
@@ -31,6 +33,12 @@ class Rounding:
     block: int | None = None
     scale: Literal["max", "percentile", "mse"] = "max"
     percentile: float = 99.9
+
+    def fitted(self, d_in: int) -> Rounding:
+        """The same with blocks no longer than ``d_in`` inputs need: d_in rounded up to a power of two, 16 at least."""
+        if self.block is None:
+            return self
+        return dataclasses.replace(self, block=min(self.block, max(_SHORTEST, 1 << (d_in - 1).bit_length())))
 
     def scales(self, weight: Array, importance: Array | None = None) -> Array | None:
         """The scales of ``weight``.

@@ -20,11 +20,6 @@ from .weight_codes import Array
 _FLOAT = onnx.TensorProto.FLOAT
 
 
-def is_matrix(linear: Linear) -> bool:
-    """Whether the weight is one matrix over the last axis, so that it can be written ``[d_in, d_out]``."""
-    return linear.axis == -1 and linear.experts == 1 and not linear.gathered
-
-
 def dequantize_matrix(build: Builder, linear: Linear, weight: IntegerWeight) -> None:
     """``x · DequantizeLinear(W) + b``, the form that ONNX Runtime (1.25 on) turns into MatMulNBits."""
     hint = linear.node.name.rsplit("/", 1)[-1] or linear.kind
@@ -33,7 +28,8 @@ def dequantize_matrix(build: Builder, linear: Linear, weight: IntegerWeight) -> 
         stored = ComputedValues(weight.shape, onnx.TensorProto.INT8, weight.codes)
         return (build.constant(stored, f"{hint}_int8"),)
 
-    (stored,) = weight.shared(build, make)
+    # Where ONNX Runtime 1.32 makes MatMulNBits of it, it looks for the weight in the same graph only, and fails.
+    (stored,) = weight.shared(build, "weight-only", make, inner=True)
     block = weight.rounding.block
     matrix = _dequantized(build, stored, weight.scales if block else weight.scales.reshape(-1), 0 if block else 1, hint, block)
     y: gs.Tensor = build.op("MatMul", linear.input, matrix, hint=hint)

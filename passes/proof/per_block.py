@@ -227,7 +227,7 @@ def _run(session: Session | None, feed: Mapping[str, Any], given: Values) -> Val
     if session is None:
         return given
     taken = {spec.name for spec in session.inputs}
-    return {**given, **session.run({name: value for name, value in {**feed, **given}.items() if name in taken})}
+    return {**given, **session.run({name: value for name, value in {**feed, **given}.items() if name in taken}, of=feed)}
 
 
 def _as(value: Array, spec: ValueSpec) -> Array:

@@ -112,6 +112,21 @@ def test_bits_of_storage(tmp_path):
         assert executed(tmp_path)["MatMulNBits"] == 2, options
 
 
+@pytest.mark.parametrize("options", ["form=nbits", "form=nbits,gptq=true", "bits=4,block_size=1048576", "form=weight-only"])
+def test_a_block_is_no_longer_than_the_weight(tmp_path, options):
+    """Weights are stored in whole blocks: of 48 inputs 64 are stored, of 5 16."""
+    for d_model, d_ff, stored in ((48, 100, (64, 128)), (5, 16, (16, 16))):
+        s = transformer(1, d_model, d_ff, opset=21, activation="gelu")
+        feed = {"x": RANDOM.normal(size=(2, 16, d_model)).astype(np.float32)}
+        large = options if "block_size" in options else f"{options},block_size=4096"
+        assert lost(s, tmp_path, large, Feeds.of([feed]), feed) < (0.3 if "bits" in options else 0.02)
+        sizes = sorted(int(np.prod(each.dims)) for each in onnx.load(tmp_path / "quantized.onnx").graph.initializer
+                       if each.data_type in (TensorProto.INT8, TensorProto.UINT8))
+        share = 2 if "bits=4" in options else 1
+        padded = (d_model, d_ff) if "weight-only" in options else stored
+        assert sizes == sorted((padded[0] * d_ff // share, padded[1] * d_model // share)), options
+
+
 def test_the_form_follows_the_target():
     assert Plan.parse(["quantize-ffn"]).passes[0]._form == "dynamic"
     assert Plan.parse(["quantize-ffn:target=cuda"]).passes[0]._form == "nbits"
@@ -249,13 +264,14 @@ def test_smoothing_alone_changes_nothing(tmp_path):
     """Seen through weights that are rounded finely: with one column a neuron the rest is exact algebra."""
     from ffnfold.passes.base import Context
     from ffnfold.passes.int8.linear_groups import block_groups
-    from ffnfold.passes.int8.quantize_unit import Recipe, Unit, smooth_units
+    from ffnfold.passes.int8.quantize_unit import Recipe, smooth_units
+    from ffnfold.passes.int8.units import Unit
 
     for gated, activation, pre in itertools.product((False, True), ("relu", "gelu", "silu"), (False, True)):
         s = transformer(1, D, FF, activation=activation, gated=gated) if pre else post_norm(activation=activation, gated=gated)
         onnx.save_model(s.model(), tmp_path / "model.onnx")
         model = Model.load(tmp_path / "model.onnx")
-        units = [Unit(0, block_groups(find_ffn_blocks(model)[0]))]
+        units = [Unit((0,), block_groups(find_ffn_blocks(model)[0]))]
         smooth_units(model, units, Recipe("dynamic", Rounding(), smooth="feeds", strength=0.9), Context(Feeds.of([X])))
         assert units[0].smoothed, (gated, activation, pre)
         assert drift(run(s.model(), X), run(model, X)) < 2e-6
@@ -443,6 +459,7 @@ def test_convolutions_and_packed_experts_are_stored_as_integers(tmp_path):
         assert result.fired == 1
         assert "DequantizeLinear" in ops(model)
         assert drift(run(s.model(), feed), run(model, feed)) < 0.02
+        assert any("have 8 bits" in note for note in result.notes) == ("bits=4" in options)
 
 
 # what it leaves alone
@@ -473,6 +490,11 @@ def test_a_weight_that_the_caller_may_override(tmp_path):
 
 def test_an_opset_without_dynamic_quantization(tmp_path):
     assert "opset 11" in refusal(transformer(1, D, FF, opset=10, pre_norm=False), tmp_path)
+
+
+def test_an_opset_without_blocks_of_scales(tmp_path):
+    assert "opset 21" in refusal(transformer(1, D, FF, opset=20), tmp_path, "form=weight-only,block_size=32")
+    assert lost(transformer(1, D, FF, opset=21), tmp_path, "form=weight-only,block_size=32") < 0.02
 
 
 def test_a_product_without_its_bias_that_is_an_output_stays(tmp_path):

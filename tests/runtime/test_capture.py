@@ -21,6 +21,7 @@ def masked(workshop, random):
     nodes = [helper.make_node("MatMul", ["x", "w"], ["hidden"]), helper.make_node("Reshape", ["hidden", "two"], ["flat"]),
              helper.make_node("Unsqueeze", ["hidden", "axis"], ["apart"]),
              helper.make_node("Expand", ["apart", "wide"], ["heads"]),
+             helper.make_node("Transpose", ["hidden"], ["tokens_first"], perm=[1, 0, 2]),
              helper.make_node("ReduceMax", ["hidden", "axis"], ["pooled"], keepdims=0),
              helper.make_node("Transpose", ["hidden"], ["across"], perm=[0, 2, 1]),
              helper.make_node("Cast", ["attention_mask"], ["whole"], to=TensorProto.INT32),
@@ -43,6 +44,18 @@ def test_rows_that_are_padding_are_left_out(masked, in_memory):
     kept = np.broadcast_to(MASK[:, None] == 1, (2, 7, 3))
     np.testing.assert_allclose(first["heads"], heads[kept], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(first["pooled"], hidden.max(axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_may_come_before_the_batch(masked):
+    path, feeds, hidden = masked
+    first = next(capture(path, feeds, ["tokens_first"]))["tokens_first"]
+    np.testing.assert_allclose(first, hidden.transpose(1, 0, 2)[MASK.T == 1], rtol=1e-4, atol=1e-5)
+    assert Padding({"attention_mask": MASK}).kept((3, 2, 4, 5)).sum() == 4 * MASK.sum()
+
+
+def test_batch_is_taken_to_come_first_where_it_has_as_many_as_there_are_tokens():
+    square = np.array([[1, 0], [1, 1]])
+    np.testing.assert_array_equal(Padding({"attention_mask": square}).kept((2, 2, 4)), [True, False, True, True])
 
 
 def test_the_features_may_lie_on_another_axis(masked):
@@ -74,6 +87,11 @@ def test_where_a_past_is_fed_the_end_of_the_mask_counts():
     padding = Padding({"attention_mask": np.array([[0, 0, 1, 1, 0]]), "input_ids": np.zeros((1, 2), np.int64)})
     np.testing.assert_array_equal(rows_of(np.arange(4.0).reshape(1, 2, 2), padding), [[0, 1]])
     assert rows_of(np.zeros((1, 5, 2)), padding).shape == (2, 2)
+
+
+def test_embeddings_with_tokens_first_are_no_sign_of_a_past():
+    feed = {"attention_mask": np.array([[1, 1, 1, 0]] * 2), "inputs_embeds": np.zeros((4, 2, 8), np.float32)}
+    assert len(Padding(feed).masks) == 1
 
 
 def test_a_scalar_or_a_vector_is_one_row():

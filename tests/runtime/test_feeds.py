@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ffnfold.graph.errors import InputError
 from ffnfold.runtime import Feeds, InputSpec, load_feeds, parse_shape
+from ffnfold.runtime.feeds import name_of
 from onnx import TensorProto, helper, numpy_helper
 
 IDS = InputSpec("ids", "tensor(int64)", ("batch", 4))
@@ -32,6 +33,21 @@ def test_feeds_are_read_when_they_are_asked_for(tmp_path):
     feeds = load_feeds(tmp_path, INPUTS)
     np.savez(tmp_path / "a.npz", ids=np.full((1, 4), 9), scale=np.float32(0))
     assert feeds[0]["ids"][0, 0] == 9
+
+
+def test_numbers_may_be_in_another_byte_order(tmp_path):
+    np.savez(tmp_path / "a.npz", ids=np.arange(4).reshape(1, 4).astype(">i8"), scale=np.asarray(3, ">f4"))
+    feed = load_feeds(tmp_path, INPUTS)[0]
+    assert (feed["ids"].tolist(), float(feed["scale"])) == ([[0, 1, 2, 3]], 3.0)
+    assert feed["ids"].dtype.isnative
+    assert feed["scale"].dtype.isnative
+
+
+def test_a_feed_knows_its_file_or_its_number(tmp_path):
+    np.savez(tmp_path / "a.npz", **GOOD)
+    assert name_of(load_feeds(tmp_path, INPUTS)[0]) == str(tmp_path / "a.npz")
+    assert [name_of(feed) for feed in Feeds.of([GOOD] * 3)[1:]] == ["feed 1", "feed 2"]
+    assert name_of(GOOD) is None
 
 
 def test_keys_may_say_in_and_then_out_is_ignored(tmp_path):

@@ -73,6 +73,15 @@ def test_bfloat16_goes_in_and_comes_out(workshop):
     np.testing.assert_array_equal(y.astype(np.float32), x.astype(np.float32))
 
 
+def test_a_type_without_kernels_is_said_with_what_to_do(workshop, one_line):
+    weight = onnx.numpy_helper.from_array(np.ones((3, 4), ml_dtypes.bfloat16), "w")
+    path = workshop.save([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (TensorProto.BFLOAT16, ["n", 3])},
+                         {"y": (TensorProto.BFLOAT16, ["n", 4])}, {"w": weight})
+    with pytest.raises(InputError) as caught:
+        open_session(path)
+    one_line(caught.value, "model.onnx", "MatMul", "a CPU has none for bfloat16", "convert the model to float32 or float16")
+
+
 def test_an_input_with_a_default_is_optional(workshop):
     default = np.full(400, 2, np.float32)
     path = workshop.save([helper.make_node("Mul", ["x", "scale"], ["y"])],

@@ -33,7 +33,7 @@ from .report_folder import check_folder, write_folder
 @options.allow_cpu()
 @click.option("--threads", multiple=True, type=click.IntRange(1, 1024), metavar="N",
               help="Threads inside an operator; repeated, every number is timed.")
-@click.option("--seconds", type=click.FloatRange(0), default=10.0, show_default=True,
+@click.option("--seconds", type=options.Amount(0), default=10.0, show_default=True,
               help="How long to time, all models together, at each shape and number of threads; at least 15 rounds.")
 @click.option("--cuda-graph", is_flag=True, help="Replay a captured CUDA graph (fixed shapes); also time without one.")
 @click.option("--session-config", "config", multiple=True, metavar="KEY=VALUE",
@@ -41,7 +41,7 @@ from .report_folder import check_folder, write_folder
 @click.option("--baseline", type=options.PATH, metavar="RESULT.json", help="An earlier --json result to compare the ratios with.")
 @click.option("--max-regression", callback=options.percent, metavar="PERCENT", help="Most that a speed-up may fall behind it.")
 @click.option("--roofline", is_flag=True, help="Also what each model computes and moves, against what this machine can do.")
-@click.option("--csv", "table", type=options.PATH, metavar="FILE", help="Write a table too.")
+@click.option("--csv", "table", type=options.FILE, metavar="FILE", help="Write a table too.")
 @options.report()
 @options.as_json()
 def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...], provider: str, use_tf32: bool, allow_cpu: bool,

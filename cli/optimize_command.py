@@ -20,7 +20,7 @@ from .short_search import short_search
 
 @click.command("optimize")
 @click.argument("model", type=options.PATH)
-@click.option("-o", "--output", required=True, type=options.PATH, metavar="OUT", help="The .onnx file to write.")
+@click.option("-o", "--output", required=True, type=options.FILE, metavar="OUT", help="The .onnx file to write.")
 @click.option("-p", "--pass", "passes", multiple=True, metavar="NAME[:KEY=VALUE,...]",
               help="A pass to run; repeated, in this order. See 'ffnfold passes'.")
 @click.option("--plan", "plan_file", type=options.PATH, metavar="FILE.yaml", help="A plan file instead of -p.")

@@ -59,8 +59,8 @@ def refused(cli):
 
 
 def only_line(text: str) -> str:
-    """The line of an error; click shows how to use the command before its own."""
-    lines = [line for line in text.splitlines() if line and not line.startswith(("Usage: ", "Try '"))]
+    """The line of an error."""
+    lines = text.splitlines()
     assert len(lines) == 1, text
     return lines[0]
 

@@ -282,24 +282,34 @@ def test_a_report_that_cannot_be_written_is_found_before_the_work(refused_and_un
     assert "model.onnx" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--report", model / "report")
 
 
-@pytest.mark.parametrize("arguments", [
-    ["optimize", "model.onnx"],
-    ["optimize", "-o", "out.onnx"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--target", "tpu"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--provider", "tpu"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--threads", "many"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--faster"],
-    ["inspect"],
-    ["inspect", "--yaml", "model.onnx"],
-    ["verify", "model.onnx"],
-    ["bench"],
-    ["bench", "model.onnx", "--max-regression", "-1", "--baseline", "x"],
-    ["models", "fetch"],
-    ["models", "get"],
-    ["explain"],
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["optimize", "model.onnx"], "optimize: Missing option '-o' / '--output' (see ffnfold optimize --help)"),
+    (["optimize", "-o", "out.onnx"], "optimize: Missing argument 'MODEL'"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--target", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--provider", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--threads", "many"], "'many' is not a valid integer"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--faster"], "optimize: No such option"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--data", ""], "'--data': the path is empty"),
+    (["optimize", "model.onnx", "-o", "new/"], "'new/' is a folder: give the path of the file to write"),
+    (["inspect"], "inspect: Missing argument 'MODEL...'"),
+    (["inspect", "--yaml", "model.onnx"], "No such option"),
+    (["verify", "model.onnx"], "Missing argument 'CANDIDATE'"),
+    (["bench"], "Missing argument"),
+    (["bench", "model.onnx", "--max-regression", "-1", "--baseline", "x"], "'-1' is no percentage"),
+    (["bench", "model.onnx", "--seconds", "inf"], "'inf' is no finite number"),
+    (["bench", "model.onnx", "--seconds", "nan"], "'nan' is no finite number"),
+    (["bench", "model.onnx", "--csv", "new/"], "'new/' is a folder"),
+    (["search", "model.onnx", "-o", "out.onnx", "--data", "feeds", "--budget", "nan"], "'nan' is no finite number"),
+    (["search", "model.onnx", "-o", "out.onnx", "--data", "feeds", "--min-speedup", "nan"], "'nan' is no finite number"),
+    (["search", "model.onnx", "-o", "new/", "--data", "feeds"], "'new/' is a folder"),
+    (["models", "fetch"], "ffnfold models: No such command 'fetch' (see ffnfold models --help)"),
+    (["models", "get"], "ffnfold models get: Missing argument 'NAME' (see ffnfold models get --help)"),
+    (["explain"], "ffnfold: No such command 'explain' (see ffnfold --help)"),
 ])
-def test_usage_errors(refused_and_unchanged, model, arguments):
-    assert refused_and_unchanged(*arguments).startswith("Error: ")
+def test_usage_errors(refused_and_unchanged, model, arguments, said):
+    line = refused_and_unchanged(*arguments)
+    assert line.startswith("ffnfold")
+    assert said in line
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")

@@ -11,16 +11,17 @@ from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.model import Model
+from ..graph.places import check_file
 from ..runtime import Variant, load_feeds, synthetic_feeds
 from ..runtime.baseline import Baseline
 from ..runtime.bench import Point, bench, with_ratios
 from ..runtime.grid import parse_grid, shape_text
 from ..runtime.specs import input_specs
 from . import options
-from .bench_csv import check_place, write_csv
+from .bench_csv import write_csv
 from .output import console, emit, megabytes, placement, progress, say
 from .pages import bench_page
-from .report_folder import check_folder, write_folder
+from .report_folder import check_report, write_folder
 
 
 @click.command("bench")
@@ -58,9 +59,9 @@ def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...]
     if data is not None and shapes:
         raise InputError("give the inputs with --data or with --shape, not both")
     if table is not None:
-        check_place(table)
+        check_file(table, "the table", [*models, baseline, data], in_place=True)
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [*models, baseline, data])
     variants = [Variant(path, config=dict(_entry(text) for text in config)) for path in models]
     earlier = Baseline.load(baseline) if baseline is not None else None
     if earlier is not None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from ..graph.errors import InputError
+from ..graph.places import check_file
 from ..passes.optimize import Job, optimize_file
 from ..passes.plan import Plan, default_plan
 from ..runtime import parse_limit
 from . import options
 from .output import emit, progress
 from .report import print_report, write_report
-from .report_folder import check_folder
+from .report_folder import check_report
 from .short_search import short_search
 
 
@@ -58,8 +59,9 @@ def command(model: Path, output: Path, passes: tuple[str, ...], plan_file: Path 
               use_tf32=use_tf32, allow_cpu=allow_cpu,
               limits=[parse_limit(text) for text in max_drift], strict=strict, verify=not no_verify,
               detailed=report_folder is not None, by_pass=report_folder is not None, cache=cache)
+    check_file(output, "the model", [plan_file])
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [model, plan_file, data])
     searched = bool(max_drift) and not passes and plan_file is None and data is not None and target == provider
     with progress(as_json) as tell:
         if searched:

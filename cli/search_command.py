@@ -16,7 +16,7 @@ from ..search.goal import parse_goal
 from . import options
 from .output import console, emit, megabytes, progress, say
 from .report import print_report, write_report
-from .report_folder import check_folder
+from .report_folder import check_report
 
 
 @click.command("search")
@@ -61,7 +61,7 @@ def command(model: Path, output: Path, data: Path, max_drift: tuple[str, ...], m
                     score=score, scheduler=scheduler, workers=workers, cache=cache, seed=seed,
                     detailed=report_folder is not None, front=front)
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [model, data])
     with progress(as_json) as tell:
         report = search_file(job, tell, dry_run=dry_run)
     if report_folder is not None and not dry_run:

@@ -17,7 +17,7 @@ from ..runtime.specs import input_specs
 from . import options
 from .output import console, emit, placement, progress, say
 from .pages import verify_page
-from .report_folder import check_folder, write_folder
+from .report_folder import check_report, write_folder
 
 _METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "sqnr_db", "kl_mean", "top1")
 
@@ -53,7 +53,7 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
     feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(
         specs, model=model, count=4, provider=provider)
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [reference, candidate, data])
     check = Check(reference, candidate, feeds, per_block=per_block, provider=provider, threads=threads, use_tf32=use_tf32,
                   allow_cpu=allow_cpu, logits=logits, limits=limits)
     with progress(as_json) as tell:

@@ -15,6 +15,7 @@ from ..graph.errors import InputError, about
 from ..graph.ffn import find_ffn_blocks
 from ..graph.hashes import InputHash
 from ..graph.model import Model
+from ..graph.places import check_file
 from ..graph.save import Staged
 from ..graph.store import read_model
 from ..graph.weights import StoredValues
@@ -92,6 +93,7 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     check_places(job)
     progress(f"reading {job.model}")
     model = Model.load(job.model)
+    check_apart(job.output, model)
     split = _feeds(job, model)
     with contextlib.closing(InputHash(job.model, model.stored.values())) as fingerprint:
         return _rewrite(job, model, split, fingerprint, progress)
@@ -152,15 +154,22 @@ def check_places(job: Job) -> None:
     Raises:
         InputError: it cannot, or there are none.
     """
-    if not os.path.isdir(job.output.parent):  # unlike Path.is_dir it does not fail on a name that is too long
-        raise InputError(f"{job.output}: there is no folder '{job.output.parent}': make it first")
-    if os.path.isdir(job.output):
-        raise InputError(f"{job.output}: is a folder: give the path of the .onnx file to write")
+    check_file(job.output, "the model", [job.data])
     if job.limits and job.data is None and not job.synthetic:
         raise InputError("--max-drift needs inputs to measure on: give --data FEEDS (or --synthetic)")
     if job.plan.needs_feeds and job.data is None and job.split is None and not job.synthetic:
         raise InputError(f"the pass '{job.plan.needs_feeds[0]}' needs real inputs with these options: "
                          "give them with --data FEEDS (or --synthetic, to fit to made-up ones)")
+
+
+def check_apart(output: Path, model: Model) -> None:
+    """Check that ``output`` is none of the files that the weights of ``model`` lie in, the model itself aside.
+
+    Raises:
+        InputError: it is one.
+    """
+    if os.path.exists(output) and any(os.path.samefile(output, path) for path in model.data_files):
+        raise InputError(f"{output}: holds weights of {model.path}: choose another place for the model")
 
 
 def _feeds(job: Job, model: Model) -> Split | None:

@@ -58,6 +58,23 @@ def refused(cli):
     return run
 
 
+@pytest.fixture
+def refused_and_unchanged(refused, folder):
+    """``refused``, and every file in the folder is what it was."""
+
+    def run(*arguments) -> str:
+        before = contents(folder)
+        line = refused(*arguments)
+        assert contents(folder) == before
+        return line
+
+    return run
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def only_line(text: str) -> str:
     """The line of an error."""
     lines = text.splitlines()

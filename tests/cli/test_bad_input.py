@@ -10,23 +10,6 @@ from feed_files import write_feeds
 from ffn_graphs import transformer
 
 
-@pytest.fixture
-def refused_and_unchanged(refused, folder):
-    """``refused``, and every file in the folder is what it was."""
-
-    def run(*arguments) -> str:
-        before = contents(folder)
-        line = refused(*arguments)
-        assert contents(folder) == before
-        return line
-
-    return run
-
-
-def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def truncated(path, folder, keep):
     cut = folder / "cut.onnx"
     cut.write_bytes(path.read_bytes()[:keep])
@@ -232,16 +215,6 @@ def test_logits_that_are_no_output(refused_and_unchanged, model, feeds):
     assert "logits 'z'" in refused_and_unchanged("verify", model, model, "--data", feeds, "--logits", "z")
 
 
-@pytest.mark.parametrize(("place", "said"), [
-    ("nowhere/out.onnx", "there is no folder 'nowhere'"),
-    ("feeds", "is a folder"),
-    ("model.onnx/out.onnx", "there is no folder"),
-    ("n" * 300 + ".onnx", "onnx"),
-])
-def test_outputs_that_cannot_be_written(refused_and_unchanged, model, feeds, place, said):
-    assert said in refused_and_unchanged("optimize", model, "-o", place, "-p", "quantize-ffn")
-
-
 PLANS = {
     "missing": (None, "no such plan file"),
     "not YAML": ("- a: [unclosed\n  b: }", "not YAML"),
@@ -275,11 +248,6 @@ def test_a_plan_that_is_a_folder(refused_and_unchanged, folder, model, feeds):
 
 def test_passes_and_a_plan_together(refused_and_unchanged, model):
     assert "not both" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "-p", "fold-bias", "--plan", "plan.yaml")
-
-
-def test_a_report_that_cannot_be_written_is_found_before_the_work(refused_and_unchanged, folder, model):
-    assert "model.onnx" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--report", model)
-    assert "model.onnx" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--report", model / "report")
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

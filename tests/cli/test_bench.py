@@ -132,7 +132,7 @@ LIMIT = ["--baseline", "earlier.json", "--max-regression", "5%"]
     (["--shape", "x=1x4x8", *LIMIT], "give two models"),
     (["--shape", "x=1x4x8", "--baseline", "earlier.json", "--max-regression", "five"], "write it like 5%"),
     (["--shape", "x=1x4x8", "--baseline", "earlier.json", "--max-regression", "-1"], "write it like 5%"),
-    (["--shape", "x=1x4x8", "--csv", "feeds"], "the table cannot be written"),
+    (["--shape", "x=1x4x8", "--csv", "feeds"], "the table cannot be written there, as it is a folder"),
     (["--shape", "x=1x4x8", "--csv", "nowhere/table.csv"], "the table cannot be written"),
     (["--shape", "x=1,x8"], "NAME=1,8x16,128 for a grid"),
     (["--shape", "x=1x4x8", "--shape", "x=1x5x8", "--threads", "1", "--threads", "0"], "--threads"),

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..graph.errors import InputError, about
 from ..graph.ffn import find_ffn_blocks
 from ..graph.hashes import InputHash
@@ -30,6 +29,7 @@ from .proof.contributions import Contributions
 from .proof.exact_part import ExactPart, moved
 from .proof.per_block import drift_per_block
 from .proof.verification import BLOCK_FEEDS, Verification, spread
+from .provenance import Provenance
 from .runner import run_plan
 from .split import Split, divide, load_split
 
@@ -48,7 +48,7 @@ class Job:
         data: feeds, or None; synthetic: make some up instead.
         provider, threads: how ONNX Runtime runs.
         use_tf32, allow_cpu: on CUDA, round to TF32; accept nodes that compute on the CPU.
-        limits: on the drift.
+        limits: on the drift; logits: outputs that are logits, besides one called ``logits``.
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
         detailed: also the drift of each block, and the time of each run.
@@ -69,6 +69,7 @@ class Job:
     use_tf32: bool = False
     allow_cpu: bool = False
     limits: Sequence[Limit] = field(default_factory=tuple)
+    logits: Sequence[str] = ()
     strict: bool = False
     verify: bool = True
     detailed: bool = False
@@ -117,9 +118,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
-        made_up = {"ffnfold.feeds": "synthetic"} if fitting is not None and fitting.fit.synthetic else {}
-        model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(), **made_up,
-                                  **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}}
+        model.metadata = Provenance(fingerprint).then(job.plan, fitting)
         with about(job.model, job.output):
             staged = model.stage(job.output, external=job.external)
     else:
@@ -157,6 +156,10 @@ def check_places(job: Job) -> None:
     check_file(job.output, "the model", [job.data])
     if job.limits and job.data is None and not job.synthetic:
         raise InputError("--max-drift needs inputs to measure on: give --data FEEDS (or --synthetic)")
+    for limit in job.limits:
+        if limit.metric in LOGITS_METRICS and limit.output not in (None, "logits", *job.logits):
+            raise InputError(f"limit on {limit.metric}: it is for outputs that are logits: name them with "
+                             f"--logits {limit.output}")
     if job.plan.needs_feeds and job.data is None and job.split is None and not job.synthetic:
         raise InputError(f"the pass '{job.plan.needs_feeds[0]}' needs real inputs with these options: "
                          "give them with --data FEEDS (or --synthetic, to fit to made-up ones)")
@@ -215,7 +218,8 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     start = time.perf_counter()
     drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits,
                     use_tf32=job.use_tf32, allow_cpu=job.allow_cpu,
-                    logits=[limit.output for limit in job.limits if limit.output is not None and limit.metric in LOGITS_METRICS])
+                    logits=job.logits)
+    drift.check_rows()
     each = (time.perf_counter() - start) / len(feeds)
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
     report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]

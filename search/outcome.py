@@ -24,8 +24,8 @@ def write_best(job: SearchJob, bench: Bench, best: Point, fits: Fits, progress: 
     own = [each for each in job.limits if each.metric in OWN]
     report = optimize_file(
         Job(job.model, job.output, best.plan, data=job.data, provider=job.target, threads=job.threads, allow_cpu=True,
-            limits=[each for each in job.limits if each not in own], strict=job.strict, detailed=job.detailed,
-            external=job.external, split=bench.split, fits=fits), progress)
+            limits=[each for each in job.limits if each not in own], logits=job.all_logits, strict=job.strict,
+            detailed=job.detailed, external=job.external, split=bench.split, fits=fits), progress)
     missed = []
     if (job.perplexity is not None or job.score is not None) and job.output.exists():
         yardstick = Yardstick(bench.workshop.original, bench.split.report, provider=job.target, threads=job.threads,

@@ -15,7 +15,6 @@ from ..passes.fitting.kept_fits import Fits
 from ..passes.optimize import Job, check_apart, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
-from ..runtime.limits import LOGITS_METRICS
 from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of, spread_out
 from .choice import choose, text_of
 from .estimate import estimate
@@ -52,8 +51,7 @@ class Search:
         self._until = time.monotonic() + 60 * job.minutes
         self._began = time.monotonic()
         self.setting = Setting(job.model, job.data, job.target, job.threads, job.perplexity, job.score,
-                               tuple(sorted({each.output for each in job.limits if each.output
-                                             and each.metric in LOGITS_METRICS})))
+                               job.all_logits)
         progress(f"reading {job.model}")
         self.bench = Bench(self.setting, progress)
         check_apart(job.output, self.bench.workshop.original)

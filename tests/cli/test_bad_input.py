@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 from feed_files import write_feeds
-from ffn_graphs import transformer
+from ffn_graphs import Sketch, transformer
 
 
 def truncated(path, folder, keep):
@@ -198,6 +199,36 @@ def test_limits_that_mean_nothing(refused_and_unchanged, model, feeds, text, sai
         assert said in refused_and_unchanged(*command, "--data", feeds, "--max-drift", text)
 
 
+def test_feeds_that_are_padding_or_empty_compare_nothing(refused_and_unchanged, folder, model):
+    s = Sketch()
+    mask = s.op("Cast", s.input("attention_mask", ["batch", "tokens"], onnx.TensorProto.INT64), to=1)
+    x = s.input("x", ["batch", "tokens", 8])
+    s.op("Mul", x, s.op("Unsqueeze", mask, s.weight(np.array([2]))), out=s.output("y", ["batch", "tokens", 8]))
+    masked = s.save(folder / "masked.onnx")
+    padded = npz(folder / "padded.npz", x=np.ones((2, 3, 8), np.float32), attention_mask=np.zeros((2, 3), np.int64))
+    empty = npz(folder / "empty.npz", x=np.ones((0, 3, 8), np.float32))
+    for path, data in ((masked, padded), (model, empty)):
+        limits = ("--data", data, "--max-drift", "cosine_mean=0.9")
+        for arguments in (["verify", path, path, *limits], ["verify", path, path, "--data", data, "--per-block"],
+                          ["optimize", path, "-o", "out.onnx", "-p", "clean-up", *limits, "--strict"],
+                          ["search", path, "-o", "out.onnx", *limits, "--cache", folder.parent / "cache"]):
+            assert "no row to compare: every row of the feeds" in refused_and_unchanged(*arguments)
+
+
+@pytest.mark.parametrize("plan", [["-p", "quantize-ffn"], []])
+def test_metrics_of_logits_want_logits(refused_and_unchanged, cli, model, feeds, plan):
+    job = ["optimize", model, "-o", "out.onnx", *plan, "--data", feeds, "--max-drift", "top1@y=0.5"]
+    assert "name them with --logits y" in refused_and_unchanged(*job)
+
+
+def test_metrics_of_logits_of_an_output_by_another_name(cli, model, feeds):
+    job = ["optimize", model, "-o", "out.onnx", "-p", "quantize-ffn", "--data", feeds, "--logits", "y", "--json"]
+    for limit in ("top1@y=0.5", "top1=0.5"):
+        found = cli(*job, "--max-drift", limit)
+        assert found.code == 0
+        assert found.json["drift"]["outputs"]["y"]["top1"] > 0.5
+
+
 def test_limits_need_something_to_measure_on(refused_and_unchanged, model):
     assert "--data" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--max-drift", "rel_l2=1")
 
@@ -228,6 +259,8 @@ PLANS = {
     "an unknown pass": ("- fold-bias\n- melt-ffn\n", "there is no pass 'melt-ffn'"),
     "an unknown option": ("- quantize-ffn: {colour: 4}\n", "has no option 'colour'"),
     "a wrong value": ("- quantize-ffn: {form: 7}\n", "choose one of"),
+    "a value that is nothing": ("- quantize-ffn: {blocks: null}\n", "option 'blocks' of 'quantize-ffn' has no value"),
+    "an option given twice": ("- quantize-ffn: {bits: 8, bits: 4}\n", "'bits' is given twice"),
     "a nested value": ("- quantize-ffn: {blocks: {a: 1}}\n", "write it like 0+3-5"),
     "an object of Python": ("- !!python/object/apply:os.system [ls]\n", "not YAML"),
     "a block that is not there": ("- quantize-ffn: {blocks: 9}\n", "there is no block 9"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session, parse_limit
 from ffnfold.search import SearchJob, search_file
 from ffnfold.search.candidates import Candidate, plan_of
+from ffnfold.search.front_models import FrontModels
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import weight_bytes
 from ffnfold.search.workshop import Workshop
@@ -301,6 +304,25 @@ def test_a_block_that_cannot_be_cut_out_is_timed_in_the_whole_model(tmp_path, mo
     assert not any("slim" in key for key in keys if key.startswith("('alone'"))
 
 
+def test_what_a_killed_search_left_with_its_front_is_removed_by_the_next(tmp_path):
+    code = ("import sys; from pathlib import Path; from ffnfold.search.front_models import FrontModels; "
+            "models = FrontModels(Path(sys.argv[1]), 'search', {}, None); print('begun', flush=True); sys.stdin.read()")
+    killed, alive = (subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                     for _ in range(2))
+    for process in (killed, alive):
+        assert process.stdout.readline() == b"begun\n"
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.iterdir())) == 2
+    models = FrontModels(tmp_path, "search", {}, None)
+    assert len(list(tmp_path.iterdir())) == 2
+    models.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    alive.communicate()
+    FrontModels(tmp_path, "search", {}, None).close()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.timeout(300)
 def test_the_models_on_the_front_are_kept(tmp_path, monkeypatch):
     """Those that optimize would write, under names that a second search finds them by."""
@@ -308,7 +330,7 @@ def test_the_models_on_the_front_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
     model, data = transformer(1, 64, 256, activation="gelu").save(tmp_path / "model.onnx"), tmp_path / "feeds"
     write_feeds(data, 6, (4, 32, 64))
-    job = SearchJob(model, tmp_path / "out.onnx", data, threads=1, cache=tmp_path / "cache", minutes=0.2,
+    job = SearchJob(model, tmp_path / "out.onnx", data, threads=1, cache=tmp_path / "cache", minutes=2,
                     front=tmp_path / "front", limits=[parse_limit("cosine_mean=0.97")])
     front = search_file(job)["front"]
     files = sorted(Path(point["model"]) for point in front)

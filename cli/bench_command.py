@@ -11,16 +11,17 @@ from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.model import Model
+from ..graph.places import check_file
 from ..runtime import Variant, load_feeds, synthetic_feeds
 from ..runtime.baseline import Baseline
 from ..runtime.bench import Point, bench, with_ratios
 from ..runtime.grid import parse_grid, shape_text
 from ..runtime.specs import input_specs
 from . import options
-from .bench_csv import check_place, write_csv
+from .bench_csv import write_csv
 from .output import console, emit, megabytes, placement, progress, say
 from .pages import bench_page
-from .report_folder import check_folder, write_folder
+from .report_folder import check_report, write_folder
 
 
 @click.command("bench")
@@ -33,7 +34,7 @@ from .report_folder import check_folder, write_folder
 @options.allow_cpu()
 @click.option("--threads", multiple=True, type=click.IntRange(1, 1024), metavar="N",
               help="Threads inside an operator; repeated, every number is timed.")
-@click.option("--seconds", type=click.FloatRange(0), default=10.0, show_default=True,
+@click.option("--seconds", type=options.Amount(0), default=10.0, show_default=True,
               help="How long to time, all models together, at each shape and number of threads; at least 15 rounds.")
 @click.option("--cuda-graph", is_flag=True, help="Replay a captured CUDA graph (fixed shapes); also time without one.")
 @click.option("--session-config", "config", multiple=True, metavar="KEY=VALUE",
@@ -41,7 +42,7 @@ from .report_folder import check_folder, write_folder
 @click.option("--baseline", type=options.PATH, metavar="RESULT.json", help="An earlier --json result to compare the ratios with.")
 @click.option("--max-regression", callback=options.percent, metavar="PERCENT", help="Most that a speed-up may fall behind it.")
 @click.option("--roofline", is_flag=True, help="Also what each model computes and moves, against what this machine can do.")
-@click.option("--csv", "table", type=options.PATH, metavar="FILE", help="Write a table too.")
+@click.option("--csv", "table", type=options.FILE, metavar="FILE", help="Write a table too.")
 @options.report()
 @options.as_json()
 def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...], provider: str, use_tf32: bool, allow_cpu: bool,
@@ -58,9 +59,9 @@ def command(models: tuple[Path, ...], data: Path | None, shapes: tuple[str, ...]
     if data is not None and shapes:
         raise InputError("give the inputs with --data or with --shape, not both")
     if table is not None:
-        check_place(table)
+        check_file(table, "the table", [*models, baseline, data], in_place=True)
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [*models, baseline, data])
     variants = [Variant(path, config=dict(_entry(text) for text in config)) for path in models]
     earlier = Baseline.load(baseline) if baseline is not None else None
     if earlier is not None:

@@ -32,16 +32,6 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def check_place(path: Path) -> None:
-    """Check before the work that a table can be written to ``path``.
-
-    Raises:
-        InputError: it is a folder, or there is no folder for it.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: the table cannot be written there: give the path of a file in a folder that is there")
-
-
 def write_csv(result: dict[str, Any], path: Path) -> None:
     """Write the rows of ``result`` to ``path``.
 

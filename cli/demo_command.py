@@ -15,6 +15,7 @@ from .options import PATH
 from .output import emit, progress, say
 from .page import missing_library
 from .report import print_report, write_report
+from .report_folder import check_report
 
 
 @click.command("demo")
@@ -23,6 +24,7 @@ from .report import print_report, write_report
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def command(output: Path, as_json: bool) -> None:
     """Fetch ViT-S, find its FFN blocks, rewrite it by the default CPU plan, verify and time it on real images."""
+    check_report(output)
     plan = default_plan("cpu")
     with progress(as_json) as tell:
         tell("fetching ViT-S")

@@ -10,11 +10,12 @@ from rich.table import Column, Table
 
 from ..graph.errors import InputError
 from ..graph.report import describe
+from .options import PATH
 from .output import console, emit, say
 
 
 @click.command("inspect")
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=PATH, metavar="MODEL...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a model, a line each.")
 @click.option("--explain", is_flag=True, help="Also what looks like an FFN block and is not, and why.")
 def command(models: tuple[Path, ...], as_json: bool, explain: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,36 @@ from ..graph.errors import InputError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-PATH = click.Path(path_type=Path)
+
+
+class _Place(click.Path):
+    """A path. Nothing at all is none, and not the current folder; and what ends in a slash is no file."""
+
+    def __init__(self, file: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._file = file
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = os.fspath(value)
+        if not text:
+            self.fail("the path is empty: give one", param, ctx)
+        if self._file and text.endswith(("/", os.sep)):
+            self.fail(f"'{text}' is a folder: give the path of the file to write", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Amount(click.FloatRange):
+    """A real number in a range; neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"'{value}' is no finite number.", param, ctx)
+        return number
+
+
+PATH = _Place()
+FILE = _Place(file=True)
 
 
 def data(help_text: str = "Real inputs: an .npz file, a folder of them, or test_data_set folders.") -> Decorator:

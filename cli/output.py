@@ -13,7 +13,16 @@ import click
 from rich.console import Console
 
 _WIDTH_OF_A_PIPE = 120
-console = Console(highlight=False, markup=False, emoji=False,  # names of values may hold brackets and colons
+
+
+class _Console(Console):
+    """One that raises the error of a closed pipe, so that the command line says what it means."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+console = _Console(highlight=False, markup=False, emoji=False,  # names of values may hold brackets and colons
                   width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_PIPE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.bench import with_ratios
 from .output import megabytes, plain
 from .page import Report
-from .page.section import feeds
+from .page.section import feeds, worst
 
 
 def optimize_page(report: Mapping[str, Any], details: Mapping[str, Any], plan: str) -> Report:
@@ -76,8 +76,9 @@ def _inputs(drift: Mapping[str, Any]) -> tuple[str, str]:
 
 def _largest_error(drift: Mapping[str, Any]) -> tuple[str, str]:
     """The output that moved most."""
-    sizes = {name: metrics["rel_l2"] for name, metrics in drift["outputs"].items()}
-    if not sizes:
+    compared = {name: metrics for name, metrics in drift["outputs"].items() if metrics["nonfinite"] is not None}
+    if not compared:
         return "relative error", "no output could be compared"
-    worst = max(sizes, key=lambda name: float("inf") if sizes[name] is None else sizes[name])
-    return "largest relative error", f"{'not finite' if sizes[worst] is None else f'{sizes[worst]:.4g}'} ({worst})"
+    most = worst(compared)
+    name = next(name for name, metrics in compared.items() if metrics is most)
+    return "largest relative error", f"{'not finite' if most['rel_l2'] is None else '{:.4g}'.format(most['rel_l2'])} ({name})"

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..graph.errors import InputError
+from ..graph.places import check_file, check_folder
 from .output import plain
 from .page import Report, missing_library, render
 
+_FILES = ("report.html", "report.json", "report.md", "plan.yaml", "details.json")
 
-def check_folder(folder: Path) -> None:
+
+def check_report(folder: Path, inputs: Iterable[Path | None] = ()) -> None:
     """Check before the work that a report can be written into ``folder``, which need not be there yet.
 
+    Args:
+        inputs: files that it must not overwrite.
+
     Raises:
-        InputError: it is a file, or its place cannot be written to.
+        InputError: it is a file, it or one of the report's files in it cannot be written to, or one of them is an input.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "cannot be written to" if there.is_dir() else "is a file"
-        raise InputError(f"{folder}: the report cannot be written, as '{there}' {what}: choose another folder")
+    check_folder(folder, "the report")
+    if folder.is_dir():
+        for name in _FILES:
+            check_file(folder / name, "the report", inputs, in_place=True)
 
 
 def write_folder(folder: Path, result: Mapping[str, Any], page: Report, *, details: Mapping[str, Any] | None = None,

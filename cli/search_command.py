@@ -16,23 +16,23 @@ from ..search.goal import parse_goal
 from . import options
 from .output import console, emit, megabytes, progress, say
 from .report import print_report, write_report
-from .report_folder import check_folder
+from .report_folder import check_report
 
 
 @click.command("search")
 @click.argument("model", type=options.PATH)
-@click.option("-o", "--output", required=True, type=options.PATH, metavar="OUT",
+@click.option("-o", "--output", required=True, type=options.FILE, metavar="OUT",
               help="The .onnx file to write; plan.yaml and front.json go beside it.")
 @click.option("--data", required=True, type=options.PATH, metavar="FEEDS",
               help="Real inputs; a folder may hold fit/, choose/ and report/.")
 @options.max_drift()
-@click.option("--min-speedup", type=click.FloatRange(0, min_open=True), metavar="X", help="How much faster it must be.")
+@click.option("--min-speedup", type=options.Amount(0, min_open=True), metavar="X", help="How much faster it must be.")
 @click.option("--max-bytes", type=click.IntRange(1), metavar="N", help="How large it may be.")
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where it is to be fast.")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=8x128[*WEIGHT]",
               help="A shape that matters, and how often it comes; may be repeated. Else as the feeds are.")
 @options.threads()
-@click.option("--budget", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, metavar="MINUTES",
+@click.option("--budget", type=options.Amount(0, min_open=True), default=30.0, show_default=True, metavar="MINUTES",
               help="When to stop measuring.")
 @click.option("--perplexity", metavar="OUTPUT", help="Also perplexity, from the logits in OUTPUT: a metric of --max-drift.")
 @click.option("--score", metavar="MODULE:FUNCTION", help="Also your own metric, 'score' in --max-drift: 0 is no difference.")
@@ -61,7 +61,7 @@ def command(model: Path, output: Path, data: Path, max_drift: tuple[str, ...], m
                     score=score, scheduler=scheduler, workers=workers, cache=cache, seed=seed,
                     detailed=report_folder is not None, front=front)
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [model, data])
     with progress(as_json) as tell:
         report = search_file(job, tell, dry_run=dry_run)
     if report_folder is not None and not dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..runtime import load_feeds, parse_limit, synthetic_feeds
 from ..runtime.specs import input_specs
 from . import options
 from .output import console, emit, placement, progress, say
+from .page.section import worst
 from .pages import verify_page
-from .report_folder import check_folder, write_folder
+from .report_folder import check_report, write_folder
 
 _METRICS = ("cosine_mean", "cosine_min", "rel_l2", "max_abs", "sqnr_db", "kl_mean", "top1")
 
@@ -54,7 +56,7 @@ def command(reference: Path, candidate: Path, data: Path | None, synthetic: bool
     feeds = load_feeds(data, specs) if data is not None else synthetic_feeds(
         specs, model=model, count=4, provider=provider)
     if report_folder is not None:
-        check_folder(report_folder)
+        check_report(report_folder, [reference, candidate, data])
     check = Check(reference, candidate, feeds, per_block=per_block, provider=provider, threads=threads, use_tf32=use_tf32,
                   allow_cpu=allow_cpu, logits=logits, limits=limits)
     with progress(as_json) as tell:
@@ -95,9 +97,9 @@ def _show_blocks(result: dict[str, Any]) -> None:
     table = Table("rank", "block", Column("name", overflow="fold"), "alone", "cosine", "KL", "chain", "adds", "at the block")
     compared = [each for each in result["blocks"] if each["rank"] is not None]
     for each in sorted(compared, key=lambda entry: entry["rank"]):
-        alone = _numbers(_worst(each["alone"]), "rel_l2", "cosine_mean", "kl_mean")
+        alone = _numbers(worst(each["alone"]), "rel_l2", "cosine_mean", "kl_mean")
         added = max((size for size in each["added"].values() if size is not None), default=None)
-        chain = _numbers(_worst(each["chain"]), "rel_l2")
+        chain = _numbers(worst(each["chain"]), "rel_l2")
         table.add_row(str(each["rank"]), f"block {each['block']}", each["name"], *alone, *chain,
                       "–" if added is None else f"{added:+.4g}", *_numbers(each, "rel_l2"))
     console.print(table)
@@ -106,10 +108,5 @@ def _show_blocks(result: dict[str, Any]) -> None:
             say(f"  block {each['block']} was left out: {each['reason']}")
 
 
-def _worst(outputs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of the output that moved most; an output that is not finite any more first."""
-    return max(outputs.values(), key=lambda metrics: float("inf") if metrics["rel_l2"] is None else metrics["rel_l2"])
-
-
-def _numbers(metrics: dict[str, Any], *keys: str) -> list[str]:
+def _numbers(metrics: Mapping[str, Any], *keys: str) -> list[str]:
     return ["–" if metrics.get(key) is None else f"{metrics[key]:.6g}" for key in keys]

@@ -23,10 +23,11 @@ class InputHash:
     """
 
     def __init__(self, path: Path, values: Iterable[Values]) -> None:
-        self._outside = [each for each in values if isinstance(each, StoredValues) and each.source.path != path]
+        stored = [each for each in values if isinstance(each, StoredValues)]
+        self._outside = [each for each in stored if each.source.path != path]
         for each in self._outside:
             each.start_digest()
-        source = Source(path)
+        source = next((each.source for each in stored if each.source.path == path), None) or Source(path)  # as it was loaded
         self._file: Future[bytes] = WORKERS.submit(digest_of, source, 0, source.size)
 
     def entries(self) -> dict[str, str]:

@@ -9,6 +9,8 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +29,8 @@ try:
 except ImportError:  # not on Windows: leftovers of other runs are then left alone
     fcntl = None  # type: ignore[assignment]
 
+_CLAIM = "claim"
+
 
 def temporary_name(path: Path) -> Path:
     """A name for a file that will be ``path``."""
@@ -42,6 +46,24 @@ def claim(file: BinaryIO) -> None:
     """Say that the run that writes ``file`` is alive, for as long as it is open."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def scratch_folder(folder: Path, prefix: str) -> tuple[Path, BinaryIO]:
+    """A new folder in ``folder`` whose name begins with ``prefix``, and a file in it that is open for as long as it is needed.
+
+    Folders that killed runs left there are removed.
+    """
+    for place in folder.glob(f"{prefix}*"):
+        with _unclaimed(place / _CLAIM) as stale:
+            if stale:
+                shutil.rmtree(place, ignore_errors=True)
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        file = open(place / _CLAIM, "xb")  # noqa: SIM115 - open, and so claimed, until the end
+        claim(file)
+        if os.path.exists(file.name):
+            return place, file
+        file.close()  # another run took it for a leftover before it was claimed
 
 
 def data_files(path: Path) -> set[str]:
@@ -174,6 +196,9 @@ def _unlink(path: Path) -> None:
 @contextlib.contextmanager
 def _unclaimed(path: Path) -> Iterator[bool]:
     """Whether no living run holds ``path``."""
+    if fcntl is None:
+        yield False
+        return
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError:

@@ -71,6 +71,11 @@ class Model:
         return dict(self._stored)
 
     @property
+    def data_files(self) -> set[Path]:
+        """The files beside its own that its weights lie in."""
+        return {each.source.path for each in self._stored.values() if isinstance(each, StoredValues)} - {self.path}
+
+    @property
     def weights_folder(self) -> Path | None:
         """The folder in whose files most bytes of the weights lie, so that they can be mapped from there; None without any."""
         sizes: Counter[Path] = Counter()

@@ -19,6 +19,7 @@ from .errors import InputError
 from .files import Source
 from .layout import Layout, lay_out
 from .leftovers import Farewell, claim, data_name, remove_leftovers, temporary_name
+from .places import obstacle
 from .stream import Sink
 from .weights import StoredValues, Values
 from .wire import expand
@@ -79,10 +80,9 @@ class Staged:
         self.path = path
         self.data: Path | None = None
         self._created = False
-        if os.path.isdir(path):  # unlike Path.is_dir it does not fail on a name that is too long
-            raise InputError(f"{path}: is a folder: give the path of the .onnx file to write")
-        if not os.path.isdir(path.parent):
-            raise InputError(f"{path}: there is no folder '{path.parent}': make it first")
+        reason = obstacle(path)
+        if reason is not None:
+            raise InputError(f"{path}: the model cannot be written there, as {reason}: choose another place")
         try:
             remove_leftovers(path)
             while True:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..graph.errors import InputError
+from ..graph.places import check_folder
 from . import gemma3, minilm, vit_s
 from .recipe import Recipe
 
@@ -36,6 +37,7 @@ def get(name: str, directory: Path, progress: Callable[[str], None] = lambda mes
     """
     if name not in RECIPES:
         raise InputError(f"there is no model '{name}': there are {', '.join(RECIPES)}")
+    check_folder(directory, "the model")
     recipe = RECIPES[name]
     described = json.loads(json.dumps({"name": recipe.name, "licence": recipe.licence, "version": recipe.version,
                                        **recipe.sources()}))

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..graph.errors import InputError, about
 from ..graph.ffn import find_ffn_blocks
 from ..graph.hashes import InputHash
 from ..graph.model import Model
+from ..graph.places import check_file
 from ..graph.save import Staged
 from ..graph.store import read_model
 from ..graph.weights import StoredValues
@@ -29,6 +29,7 @@ from .proof.contributions import Contributions
 from .proof.exact_part import ExactPart, moved
 from .proof.per_block import drift_per_block
 from .proof.verification import BLOCK_FEEDS, Verification, spread
+from .provenance import Provenance
 from .runner import run_plan
 from .split import Split, divide, load_split
 
@@ -47,7 +48,7 @@ class Job:
         data: feeds, or None; synthetic: make some up instead.
         provider, threads: how ONNX Runtime runs.
         use_tf32, allow_cpu: on CUDA, round to TF32; accept nodes that compute on the CPU.
-        limits: on the drift.
+        limits: on the drift; logits: outputs that are logits, besides one called ``logits``.
         strict: write nothing where a limit is missed.
         verify: measure drift (where there are feeds) and speed.
         detailed: also the drift of each block, and the time of each run.
@@ -68,6 +69,7 @@ class Job:
     use_tf32: bool = False
     allow_cpu: bool = False
     limits: Sequence[Limit] = field(default_factory=tuple)
+    logits: Sequence[str] = ()
     strict: bool = False
     verify: bool = True
     detailed: bool = False
@@ -92,6 +94,7 @@ def optimize_file(job: Job, progress: Callable[[str], None] = lambda message: No
     check_places(job)
     progress(f"reading {job.model}")
     model = Model.load(job.model)
+    check_apart(job.output, model)
     split = _feeds(job, model)
     with contextlib.closing(InputHash(job.model, model.stored.values())) as fingerprint:
         return _rewrite(job, model, split, fingerprint, progress)
@@ -115,9 +118,7 @@ def _rewrite(job: Job, model: Model, split: Split | None, fingerprint: InputHash
     fired = sum(result.fired for result in results)
     progress(f"writing {job.output}")
     if fired:
-        made_up = {"ffnfold.feeds": "synthetic"} if fitting is not None and fitting.fit.synthetic else {}
-        model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": job.plan.to_yaml(), **made_up,
-                                  **{f"ffnfold.{key}": value for key, value in fingerprint.entries().items()}}
+        model.metadata = Provenance(fingerprint).then(job.plan, fitting)
         with about(job.model, job.output):
             staged = model.stage(job.output, external=job.external)
     else:
@@ -152,15 +153,26 @@ def check_places(job: Job) -> None:
     Raises:
         InputError: it cannot, or there are none.
     """
-    if not os.path.isdir(job.output.parent):  # unlike Path.is_dir it does not fail on a name that is too long
-        raise InputError(f"{job.output}: there is no folder '{job.output.parent}': make it first")
-    if os.path.isdir(job.output):
-        raise InputError(f"{job.output}: is a folder: give the path of the .onnx file to write")
+    check_file(job.output, "the model", [job.data])
     if job.limits and job.data is None and not job.synthetic:
         raise InputError("--max-drift needs inputs to measure on: give --data FEEDS (or --synthetic)")
+    for limit in job.limits:
+        if limit.metric in LOGITS_METRICS and limit.output not in (None, "logits", *job.logits):
+            raise InputError(f"limit on {limit.metric}: it is for outputs that are logits: name them with "
+                             f"--logits {limit.output}")
     if job.plan.needs_feeds and job.data is None and job.split is None and not job.synthetic:
         raise InputError(f"the pass '{job.plan.needs_feeds[0]}' needs real inputs with these options: "
                          "give them with --data FEEDS (or --synthetic, to fit to made-up ones)")
+
+
+def check_apart(output: Path, model: Model) -> None:
+    """Check that ``output`` is none of the files that the weights of ``model`` lie in, the model itself aside.
+
+    Raises:
+        InputError: it is one.
+    """
+    if os.path.exists(output) and any(os.path.samefile(output, path) for path in model.data_files):
+        raise InputError(f"{output}: holds weights of {model.path}: choose another place for the model")
 
 
 def _feeds(job: Job, model: Model) -> Split | None:
@@ -206,7 +218,8 @@ def _measure(job: Job, model: Model, results: list[PassResult], exact: ExactPart
     start = time.perf_counter()
     drift = compare(job.model, staged.temporary, feeds, provider=job.provider, threads=job.threads, limits=job.limits,
                     use_tf32=job.use_tf32, allow_cpu=job.allow_cpu,
-                    logits=[limit.output for limit in job.limits if limit.output is not None and limit.metric in LOGITS_METRICS])
+                    logits=job.logits)
+    drift.check_rows()
     each = (time.perf_counter() - start) / len(feeds)
     report["drift"], report["ok"] = drift.to_json(), bool(drift)
     report["notes"] += [f"a limit was missed: {sentence}" for sentence in drift.missed]

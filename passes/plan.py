@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ..graph.errors import InputError
 from .base import Pass
-from .options import given_options
-from .registry import make_pass
+from .options import describe, given_options
+from .registry import PASSES, make_pass
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Plan:
             InputError: no such file, not YAML of the form above, or an unknown pass or option.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except FileNotFoundError:
             raise InputError(f"{path}: no such plan file: check the path") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -85,6 +86,17 @@ class Plan:
     def to_yaml(self) -> str:
         """The text of a plan file."""
         return yaml.safe_dump(self.entries(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """One that takes no key twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 EXACT_PLAN = ("clean-up", "dedupe-weights", "canonicalize-ffn", "drop-neurons", "fold-norm", "fold-bias", "fuse-matmul",
@@ -127,5 +139,14 @@ def _entry(item: object, where: str) -> Pass:
         name, given = next(iter(item.items()))
         given = {} if given is None else given
         if isinstance(given, dict):
+            _check_values(str(name), given, where)
             return make_pass(str(name), {str(key): value for key, value in given.items()})
     raise InputError(f"{where}: '{str(item)[:80]}' is no pass: write its name, or its name and a mapping of options")
+
+
+def _check_values(name: str, given: Mapping[Any, object], where: str) -> None:
+    """Nothing is a value only of options that may be nothing."""
+    types = {str(option["name"]): str(option["type"]) for option in describe(PASSES[name])} if name in PASSES else {}
+    for key, value in given.items():
+        if value is None and not types.get(str(key), "nothing").endswith("nothing"):
+            raise InputError(f"{where}: option '{key}' of '{name}' has no value: give it one, or leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ def load_split(path: Path, inputs: Sequence[InputSpec], fits: bool) -> Split:
     Raises:
         InputError: no feeds there, or they do not fit the inputs.
     """
-    parts = {name: load_feeds(path / name, inputs) for name in _PARTS if (path / name).is_dir()}
+    parts = {name: load_feeds(path / name, inputs) for name in _PARTS if os.path.isdir(path / name)}
     if parts:
         if "report" not in parts:
             raise InputError(f"{path}: has no folder 'report': divide the feeds into fit, choose and report")

@@ -37,7 +37,7 @@ class Baseline:
             return cls(path, {_key(each): float(each["speedup"]) for each in found["ratios"]})
         except FileNotFoundError:
             raise InputError(f"{path}: no such file: give a result that 'ffnfold bench --json' printed") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: is no result of 'ffnfold bench --json' ({type(error).__name__})") from None
 
     def check(self, models: Sequence[str]) -> None:

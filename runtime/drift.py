@@ -27,7 +27,7 @@ class Drift:
         provider: ``cpu`` or ``cuda``.
         feeds: ``real`` or ``synthetic``.
         samples: how many feeds were run.
-        outputs: output → metric → number; see :class:`OutputMetrics`. None where a metric does not apply.
+        outputs: output → metric → number; see :class:`OutputMetrics`. None where a metric does not apply, or no row was compared.
         missed: one sentence for each limit that was not kept.
         skipped: output → why it was not compared (strings, sequences).
         cuda: on CUDA, whether TF32 was allowed (``tf32``) and where the nodes of ``reference`` and ``candidate`` ran.
@@ -40,6 +40,15 @@ class Drift:
     missed: tuple[str, ...] = ()
     skipped: Mapping[str, str] | None = None
     cuda: Mapping[str, Any] | None = None
+
+    def check_rows(self) -> None:
+        """Check that something was compared.
+
+        Raises:
+            InputError: there are outputs that can be, and none had a row.
+        """
+        if self.outputs and all(metrics["nonfinite"] is None for metrics in self.outputs.values()):
+            raise InputError("no row to compare: every row of the feeds is padding or empty: give feeds with tokens")
 
     @property
     def ok(self) -> bool:
@@ -172,4 +181,5 @@ def _bounds(limits: Sequence[Limit], session: Session, names: Sequence[str],
 
 def _sentence(limit: Limit, name: str, value: float | None) -> str:
     side = "at least" if limit.metric in LOWER else "at most"
-    return f"{limit.metric} of '{name}' is {value:.6g}, should be {side} {limit.value:.6g}"
+    found = "is not known, as it has no row to compare" if value is None else f"is {value:.6g}"
+    return f"{limit.metric} of '{name}' {found}, should be {side} {limit.value:.6g}"

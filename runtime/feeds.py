@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,9 +98,9 @@ def load_feeds(path: str | PathLike[str], inputs: Sequence[InputSpec]) -> Feeds:
         InputError: nothing there, a damaged file, a key missing or unknown, a wrong type or shape.
     """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file it does not fail on a name that is too long
         files = [path]
-    elif not path.is_dir():
+    elif not os.path.isdir(path):
         raise InputError(f"{path}: no such feed: give an .npz file or a folder of them")
     else:
         files = data_set_folders(path) or sorted(path.glob("*.npz"))

@@ -19,7 +19,7 @@ def parse_grid(texts: Sequence[str]) -> list[dict[str, Shape]]:
     point. ``NAME=`` is a scalar. Of nothing: one point that says nothing.
 
     Raises:
-        InputError: a text of another form, or two inputs with different numbers of shapes.
+        InputError: a text of another form, a size of 0, or two inputs with different numbers of shapes.
     """
     shapes: dict[str, list[Shape]] = {}
     for text in texts:
@@ -45,4 +45,6 @@ def _parse(text: str) -> tuple[str, list[Shape]]:
     if not equals or not name or not re.fullmatch(r"(\d+(,\d+)*(x\d+(,\d+)*)*)?", dims):
         raise InputError(f"shape '{text}': write it like NAME=1x128, or NAME=1,8x16,128 for a grid")
     choices = [[int(size) for size in dim.split(",")] for dim in dims.split("x")] if dims else []
+    if any(size < 1 for sizes in choices for size in sizes):
+        raise InputError(f"shape '{text}': a size is at least 1: there is nothing to run on otherwise")
     return name, [tuple(shape) for shape in itertools.product(*choices)]

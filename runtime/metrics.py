@@ -45,17 +45,20 @@ class OutputMetrics:
       None where the output is not logits;
     * ``nonfinite`` = how many elements are infinite or NaN in the candidate and finite in the reference.
 
+    All are None where there were outputs and no row in them: what is padding or empty has moved by no amount.
+
     Infinities of one sign are equal, and so are NaNs; elsewhere they make the metrics infinite or NaN, as arithmetic does.
     """
 
     def __init__(self, logits: bool) -> None:
         self.logits = logits
-        self._count = self._rows = self._nonfinite = self._top1 = self._top5 = 0
+        self._updates = self._count = self._rows = self._nonfinite = self._top1 = self._top5 = 0
         self._max = self._sum = self._difference = self._power = self._kl = 0.0
         self._distances: list[Array] = []
 
     def update(self, reference: Array, candidate: Array, padding: Padding | None = None) -> None:
         """Add one run; both arrays have the same shape."""
+        self._updates += 1
         ours, theirs = rows_of(reference, padding), rows_of(candidate, padding)
         if not ours.size:
             return
@@ -72,7 +75,7 @@ class OutputMetrics:
         self._rows += len(ours)
 
     def result(self) -> Metrics:
-        """The metrics of what was added. Of nothing: no drift."""
+        """The metrics of what was added. Where nothing ever was: no drift."""
         distances = np.concatenate(self._distances) if self._distances else np.zeros(1, np.float32)
         mean = float(distances.mean(dtype=np.float64))
         found: Metrics = {
@@ -80,6 +83,8 @@ class OutputMetrics:
             "sqnr_db": self._decibels(), "cosine_mean": 1.0 - mean,
             "cosine_p5": 1.0 - float(np.percentile(distances, 95)), "cosine_min": 1.0 - float(distances.max()),
             "kl_mean": None, "top1": None, "top5": None, "nonfinite": self._nonfinite}
+        if self._updates and not self._rows:
+            return dict.fromkeys(found)
         if self.logits:
             rows = max(1, self._rows)
             nothing = 0 if self._rows else 1

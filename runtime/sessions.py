@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -176,7 +177,7 @@ def open_session(source: Source, *, provider: str = "cpu", threads: int | None =
                 options.add_external_initializers(list(weights), held)
     else:
         name = opened = str(source)
-        if not Path(source).is_file():
+        if not os.path.isfile(source):  # which, unlike Path.is_file, does not fail on a name that is too long
             raise InputError(f"{name}: no such file: check the path")
     with complaints(name, "load"):
         raw = onnx_runtime().InferenceSession(opened, options, providers=chosen, enable_fallback=False)

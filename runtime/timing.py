@@ -111,6 +111,8 @@ def _row(entrant: Entrant, milliseconds: Array) -> dict[str, Any]:
     """An entry of ``models``, from times ``[rounds, graphs]``."""
     place = entrant.placement.to_json() if entrant.placement is not None else dict.fromkeys(
         ("nodes_by_provider", "memcpy_nodes", "fallback_nodes"))
+    if entrant.session.provider == "cpu" and place["fallback_nodes"]:
+        place["fallback_nodes"] = []  # they are where they were asked to be
     row = {"model": entrant.variant.title, **_percentiles(milliseconds[:, 0]), "load_ms": entrant.load_ms,
            "bytes": entrant.variant.bytes, "peak_bytes": entrant.peak_bytes, **place}
     return row if milliseconds.shape[1] == 1 else {**row, "without_cuda_graph": _percentiles(milliseconds[:, 1])}

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 from ..graph.model import Model
-from ..graph.weights import StoredValues
 
 _FEEDS = "feeds"
 _MODEL = "model"
@@ -20,11 +19,10 @@ _MODEL = "model"
 def pack(model: Path, data: Path, folder: Path) -> Path:
     """An archive of the model, the files that its weights lie in, and the feeds; its name carries a hash of its content."""
     loaded = Model.load(model)
-    outside = {each.source.path for each in loaded.stored.values() if isinstance(each, StoredValues)} - {loaded.path}
     partial = folder / "files.zip"
     with zipfile.ZipFile(partial, "w") as archive:
         archive.write(model, f"{_MODEL}/{model.name}")
-        for path in sorted(outside):
+        for path in sorted(loaded.data_files):
             archive.write(path, f"{_MODEL}/{path.name}")
         for path in sorted(data.rglob("*")) if data.is_dir() else [data]:
             if path.is_file():

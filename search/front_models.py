@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .. import __version__
 from ..graph.errors import InputError
+from ..graph.leftovers import scratch_folder
 from ..graph.model import Model
 from ..passes.plan import Plan
 
@@ -19,7 +19,7 @@ class FrontModels:
     """A folder with ``plan-HASH.onnx`` for each plan of the front, the bytes that ``optimize --plan`` would write.
 
     What is built lies in a hidden folder in it until it is known which plans are on the front; a model that is there from
-    an earlier search of the same model, feeds, machine and options is not built again.
+    an earlier search of the same model, feeds, machine and options is not built again. What a killed search left is removed.
 
     Args:
         folder: made where it is missing.
@@ -35,7 +35,7 @@ class FrontModels:
         self.folder, self._identity, self._entries, self._external = folder, identity, entries, external
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._scratch = Path(tempfile.mkdtemp(prefix=".search-", dir=folder))
+            self._scratch, self._claim = scratch_folder(folder, ".search-")
         except OSError as error:
             raise InputError(f"{folder}: models cannot be kept there ({error.strerror}): give another folder") from None
 
@@ -66,4 +66,5 @@ class FrontModels:
 
     def close(self) -> None:
         """Remove what was built and is not on the front."""
+        self._claim.close()
         shutil.rmtree(self._scratch, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..runtime.limits import Limit
+from ..runtime.limits import LOGITS_METRICS, Limit
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class SearchJob:
         model, output: files; plan.yaml and front.json are written beside the output.
         data: feeds; a folder with fit/, choose/ and report/ is taken as it is divided.
         limits: on the drift; ``perplexity`` and ``score`` are metrics here too.
+        logits: outputs that are logits, besides one called ``logits`` and those that a limit calls so.
         min_speedup, max_bytes: what else the model has to be.
         target: ``cpu`` or ``cuda``: where it is to be fast.
         shapes: ``NAME=8x128`` with ``*WEIGHT``; nothing: as the feeds are.
@@ -52,4 +53,11 @@ class SearchJob:
     detailed: bool = False
     external: bool | None = None
     beside: bool = True
+    logits: Sequence[str] = ()
     front: Path | None = None
+
+    @property
+    def all_logits(self) -> tuple[str, ...]:
+        """The outputs that are logits: a limit on a metric of logits says that its output is."""
+        named = {each.output for each in self.limits if each.output is not None and each.metric in LOGITS_METRICS}
+        return tuple(sorted({*self.logits, *named}))

@@ -24,8 +24,8 @@ def write_best(job: SearchJob, bench: Bench, best: Point, fits: Fits, progress: 
     own = [each for each in job.limits if each.metric in OWN]
     report = optimize_file(
         Job(job.model, job.output, best.plan, data=job.data, provider=job.target, threads=job.threads, allow_cpu=True,
-            limits=[each for each in job.limits if each not in own], strict=job.strict, detailed=job.detailed,
-            external=job.external, split=bench.split, fits=fits), progress)
+            limits=[each for each in job.limits if each not in own], logits=job.all_logits, strict=job.strict,
+            detailed=job.detailed, external=job.external, split=bench.split, fits=fits), progress)
     missed = []
     if (job.perplexity is not None or job.score is not None) and job.output.exists():
         yardstick = Yardstick(bench.workshop.original, bench.split.report, provider=job.target, threads=job.threads,
@@ -54,12 +54,18 @@ def add_front(report: dict[str, Any], best: Point, points: Sequence[Point], rows
     return front
 
 
+def beside(job: SearchJob) -> list[Path]:
+    """``plan.yaml`` and ``front.json`` beside the model, where they are to be written."""
+    return [job.output.parent / name for name in ("plan.yaml", "front.json")] if job.beside else []
+
+
 def write_beside(job: SearchJob, best: Point, report: dict[str, Any], machine: str) -> None:
     """Write ``plan.yaml`` and ``front.json`` beside the model."""
-    _write(job.output.parent / "plan.yaml", best.plan.to_yaml())
+    plan, front = beside(job)
+    _write(plan, best.plan.to_yaml())
     told = {"model": str(job.model), "target": job.target, "machine": machine, "front": report["front"],
             "points": report["points"]}
-    _write(job.output.parent / "front.json", json.dumps(told, indent=1) + "\n")
+    _write(front, json.dumps(told, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

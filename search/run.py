@@ -10,11 +10,11 @@ from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
+from ..graph.places import check_file
 from ..passes.fitting.kept_fits import Fits
-from ..passes.optimize import Job, check_places
+from ..passes.optimize import Job, check_apart, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
-from ..runtime.limits import LOGITS_METRICS
 from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of, spread_out
 from .choice import choose, text_of
 from .estimate import estimate
@@ -24,7 +24,7 @@ from .goal import OWN, Row, rows_of
 from .job import SearchJob
 from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
 from .levels import Level, Problem, levels_of, turn
-from .outcome import add_front, write_beside, write_best
+from .outcome import add_front, beside, write_beside, write_best
 from .prediction import Damage, Time
 from .records import Records, default_folder
 from .scoring import Bench, Scored, Setting, weight_bytes
@@ -44,15 +44,17 @@ class Search:
     def __init__(self, job: SearchJob, progress: Progress) -> None:
         if not job.limits and job.min_speedup is None and job.max_bytes is None:
             raise InputError("say what the model has to be: give --max-drift, --min-speedup or --max-bytes")
-        check_places(Job(job.model, job.output, Plan(())))
+        check_places(Job(job.model, job.output, Plan(()), data=job.data))
+        for path in beside(job):
+            check_file(path, "the result", [job.model, job.data])
         self.job, self.progress = job, progress
         self._until = time.monotonic() + 60 * job.minutes
         self._began = time.monotonic()
         self.setting = Setting(job.model, job.data, job.target, job.threads, job.perplexity, job.score,
-                               tuple(sorted({each.output for each in job.limits if each.output
-                                             and each.metric in LOGITS_METRICS})))
+                               job.all_logits)
         progress(f"reading {job.model}")
         self.bench = Bench(self.setting, progress)
+        check_apart(job.output, self.bench.workshop.original)
         self.bench.yardstick.check()
         self.rows = self._check_limits()
         self.traffic = traffic_of(job, self.bench.workshop.original, self.bench.split.choose)

@@ -13,7 +13,7 @@ from ..graph.errors import InputError
 from ..graph.model import Model
 from ..runtime import Feeds, open_session
 from ..runtime.metrics import OutputMetrics
-from ..runtime.padding import Padding
+from ..runtime.padding import Padding, rows_of
 from ..runtime.specs import Array
 from .goal import WHOLE
 
@@ -54,14 +54,35 @@ class Yardstick:
         """Measure the original against itself on one feed: what fails here fails for every candidate.
 
         Raises:
-            InputError: it cannot be measured: no tokens for the perplexity, or the user's own metric fails.
+            InputError: it cannot be measured: no feed with a row, no tokens for the perplexity, ones that its output has no logit
+                for, or the user's own metric fails.
         """
         feed = self._feeds[0]
         found = self._reference(0, feed)
+        self._check_rows()
         if self._perplexity is not None:
-            tokens_of(feed, found[self._perplexity])
+            self._check_tokens(self._perplexity, found[self._perplexity])
         if self._score is not None:
             self._own(found, found, feed)
+
+    def _check_rows(self) -> None:
+        """Leave out outputs that have no row in any feed."""
+        seen: set[str] = set()
+        for number, feed in enumerate(self._feeds):
+            padding = Padding(feed)
+            seen |= {name for name, value in self._reference(number, feed).items() if rows_of(value, padding).size}
+            if len(seen) == len(self.outputs):
+                return
+        if not seen:
+            raise InputError("no row to compare: every row of the feeds that choose is padding or empty: give feeds with tokens")
+        self.outputs = [name for name in self.outputs if name in seen]
+
+    def _check_tokens(self, output: str, logits: Array) -> None:
+        name = token_input(self._feeds[0], logits)
+        largest = max(int(feed[name].max(initial=0)) for feed in self._feeds)
+        if largest >= logits.shape[-1]:
+            raise InputError(f"--perplexity {output}: it has {logits.shape[-1]} numbers for a token, and '{name}' has the token "
+                             f"{largest}: name the output with a logit for each token of the vocabulary")
 
     def measure(self, candidate: Model) -> Drift:
         """The metrics of each output, and of the whole model where there are any of it.
@@ -120,7 +141,7 @@ class _Tally:
             each.update(ours[name], theirs[name], padding)
 
     def add_loss(self, ours: Array, theirs: Array, feed: dict[str, Any]) -> None:
-        tokens = tokens_of(feed, ours)
+        tokens = feed[token_input(feed, ours)]
         found = [next_token_loss(each, tokens, feed) for each in (ours, theirs)]
         self._losses += [loss for loss, _ in found]
         self._tokens += found[0][1]
@@ -152,8 +173,8 @@ def load_score(text: str) -> Score:
     return found
 
 
-def tokens_of(feed: dict[str, Any], logits: Array) -> Array:
-    """The token ids of a feed that ``logits`` ``[batch, tokens, vocabulary]`` belong to.
+def token_input(feed: dict[str, Any], logits: Array) -> str:
+    """The input with the token ids of a feed that ``logits`` ``[batch, tokens, vocabulary]`` belong to.
 
     Raises:
         InputError: no input has their shape.
@@ -161,7 +182,7 @@ def tokens_of(feed: dict[str, Any], logits: Array) -> Array:
     for name in sorted(feed, key=lambda key: (key != "input_ids", key)):
         value = feed[name]
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.shape == logits.shape[:-1] and value.ndim:
-            return value
+            return name
     raise InputError(f"--perplexity: no input holds token ids of the shape {list(logits.shape[:-1])} that the logits have")
 
 

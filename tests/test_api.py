@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import ffnfold
 import numpy as np
+import onnx
 import pytest
+import yaml
 from feed_files import write_feeds
 from ffn_graphs import run, transformer
+from ffnfold.passes.optimize import Job, optimize_file
 
 FEED = {"x": np.random.default_rng(1).standard_normal((2, 16, 8)).astype(np.float32)}
 
@@ -36,6 +41,37 @@ def test_load_find_optimize_save_verify(tmp_path, path):
     drift = ffnfold.verify(path, tmp_path / "out.onnx", [FEED], max_drift=["cosine_mean=0.99"])
     assert drift
     assert 0 < drift.outputs["y"]["rel_l2"] < 0.02
+
+
+def test_the_saved_model_says_where_it_comes_from_as_that_of_the_command_line_does(tmp_path, path):
+    plan = ffnfold.Plan.parse(["clean-up", "quantize-ffn:blocks=0+2"])
+    optimize_file(Job(path, tmp_path / "command.onnx", plan, verify=False))
+    model = ffnfold.load(path)
+    ffnfold.optimize(model, plan)
+    model.save(tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "command.onnx").read_bytes()
+    entries = {each.key: each.value for each in onnx.load(tmp_path / "out.onnx").metadata_props}
+    assert entries == {"ffnfold.version": ffnfold.__version__, "ffnfold.plan": plan.to_yaml(),
+                       "ffnfold.input_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def test_plans_that_follow_each_other_are_written_in_order_with_the_first_input(tmp_path, path):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = ffnfold.load(path)
+    for texts in (["remove-ffn:blocks=1,keep=nothing"], ["drop-neurons"], ["linearize-ffn:blocks=0"]):  # the second does nothing
+        ffnfold.optimize(model, texts, ffnfold.Feeds.of([FEED] * 4, synthetic=True))
+        model.save(path)
+    entries = {each.key: each.value for each in onnx.load(path).metadata_props}
+    assert ffnfold.Plan.from_entries(yaml.safe_load(entries["ffnfold.plan"])) == ffnfold.Plan.parse(
+        ["remove-ffn:blocks=1,keep=nothing", "linearize-ffn:blocks=0"])
+    assert (entries["ffnfold.feeds"], entries["ffnfold.input_sha256"]) == ("synthetic", digest)
+
+
+def test_a_model_that_no_pass_touched_is_saved_as_it_was(tmp_path, path):
+    model = ffnfold.load(path)
+    ffnfold.optimize(model, ["quantize-ffn:blocks=none"])
+    model.save(tmp_path / "out.onnx")
+    assert not onnx.load(tmp_path / "out.onnx").metadata_props
 
 
 def test_paths_may_be_texts(tmp_path, path):

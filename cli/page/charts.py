@@ -39,7 +39,7 @@ def drift_of_outputs(outputs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def drift_of_blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
     """What each block causes alone (bars) and the chain up to it (line), at the output that moved most."""
-    alone, chain = ([worst(each[which])["rel_l2"] for each in blocks] for which in ("alone", "chain"))
+    alone, chain = ([worst(each[which]).get("rel_l2") for each in blocks] for which in ("alone", "chain"))
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(blocks))

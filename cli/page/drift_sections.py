@@ -32,9 +32,9 @@ def blocks_section(drift: Mapping[str, Any]) -> Section:
     shown = [each for each in blocks if each["rank"] is not None]
     columns = ["block", "name", "rank", "alone: relative error", "alone: cosine, mean", "chain: relative error",
                "added in the chain", "at the block: relative error"]
-    rows = [[each["block"], each["name"], each["rank"], worst(each["alone"])["rel_l2"], worst(each["alone"])["cosine_mean"],
-             worst(each["chain"])["rel_l2"], max((size for size in each["added"].values() if size is not None), default=None),
-             each["rel_l2"]] for each in shown]
+    rows = [[each["block"], each["name"], each["rank"], worst(each["alone"]).get("rel_l2"),
+             worst(each["alone"]).get("cosine_mean"), worst(each["chain"]).get("rel_l2"),
+             max((size for size in each["added"].values() if size is not None), default=None), each["rel_l2"]] for each in shown]
     tables = [Table("Drift of each FFN block, at the output that moved most", columns, rows)] if shown else []
     left_out = [[each["block"], each["name"], each["reason"]] for each in blocks if each["rank"] is None]
     if left_out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -65,8 +66,14 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def worst(outputs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The metrics of the output that moved most; one that is not finite any more first."""
-    return max(outputs.values(), key=lambda metrics: float("inf") if metrics["rel_l2"] is None else metrics["rel_l2"])
+    """The metrics of the output that moved most, one that is not finite any more first; none where none was compared."""
+    return max(outputs.values(), key=_moved, default={})
+
+
+def _moved(metrics: Mapping[str, Any]) -> float:
+    if metrics["nonfinite"] is None:  # no row was compared
+        return -1.0
+    return math.inf if metrics["rel_l2"] is None else float(metrics["rel_l2"])
 
 
 def feeds(count: int) -> str:

@@ -246,6 +246,8 @@ def _check_shapes(name: str, first: Array, second: Array) -> None:
 
 def _damage(metrics: Metrics) -> float:
     size = metrics["rel_l2"]
+    if metrics["nonfinite"] is None:  # no row was compared
+        return 0.0
     return math.inf if metrics["nonfinite"] or size is None or not math.isfinite(size) else size
 
 

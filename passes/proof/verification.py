@@ -66,11 +66,12 @@ def verify_files(check: Check, progress: Callable[[str], None] = lambda message:
     """Do ``check``.
 
     Raises:
-        InputError: as :func:`compare` and :func:`drift_per_block`.
+        InputError: as :func:`compare` and :func:`drift_per_block`, or no feed has a row that is no padding.
     """
     drift = compare(check.reference, check.candidate, check.feeds, provider=check.provider, threads=check.threads,
                     logits=check.logits, limits=check.limits, use_tf32=check.use_tf32, allow_cpu=check.allow_cpu,
                     lean=check.per_block, progress=lambda done, total: progress(f"feed {done} of {total}"))
+    drift.check_rows()
     broken = any(metrics["nonfinite"] for metrics in drift.outputs.values())
     if not broken and not check.per_block:
         return Verification(drift)

@@ -58,9 +58,26 @@ def refused(cli):
     return run
 
 
+@pytest.fixture
+def refused_and_unchanged(refused, folder):
+    """``refused``, and every file in the folder is what it was."""
+
+    def run(*arguments) -> str:
+        before = contents(folder)
+        line = refused(*arguments)
+        assert contents(folder) == before
+        return line
+
+    return run
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def only_line(text: str) -> str:
-    """The line of an error; click shows how to use the command before its own."""
-    lines = [line for line in text.splitlines() if line and not line.startswith(("Usage: ", "Try '"))]
+    """The line of an error."""
+    lines = text.splitlines()
     assert len(lines) == 1, text
     return lines[0]
 

@@ -5,26 +5,10 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 from feed_files import write_feeds
-from ffn_graphs import transformer
-
-
-@pytest.fixture
-def refused_and_unchanged(refused, folder):
-    """``refused``, and every file in the folder is what it was."""
-
-    def run(*arguments) -> str:
-        before = contents(folder)
-        line = refused(*arguments)
-        assert contents(folder) == before
-        return line
-
-    return run
-
-
-def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+from ffn_graphs import Sketch, transformer
 
 
 def truncated(path, folder, keep):
@@ -215,6 +199,36 @@ def test_limits_that_mean_nothing(refused_and_unchanged, model, feeds, text, sai
         assert said in refused_and_unchanged(*command, "--data", feeds, "--max-drift", text)
 
 
+def test_feeds_that_are_padding_or_empty_compare_nothing(refused_and_unchanged, folder, model):
+    s = Sketch()
+    mask = s.op("Cast", s.input("attention_mask", ["batch", "tokens"], onnx.TensorProto.INT64), to=1)
+    x = s.input("x", ["batch", "tokens", 8])
+    s.op("Mul", x, s.op("Unsqueeze", mask, s.weight(np.array([2]))), out=s.output("y", ["batch", "tokens", 8]))
+    masked = s.save(folder / "masked.onnx")
+    padded = npz(folder / "padded.npz", x=np.ones((2, 3, 8), np.float32), attention_mask=np.zeros((2, 3), np.int64))
+    empty = npz(folder / "empty.npz", x=np.ones((0, 3, 8), np.float32))
+    for path, data in ((masked, padded), (model, empty)):
+        limits = ("--data", data, "--max-drift", "cosine_mean=0.9")
+        for arguments in (["verify", path, path, *limits], ["verify", path, path, "--data", data, "--per-block"],
+                          ["optimize", path, "-o", "out.onnx", "-p", "clean-up", *limits, "--strict"],
+                          ["search", path, "-o", "out.onnx", *limits, "--cache", folder.parent / "cache"]):
+            assert "no row to compare: every row of the feeds" in refused_and_unchanged(*arguments)
+
+
+@pytest.mark.parametrize("plan", [["-p", "quantize-ffn"], []])
+def test_metrics_of_logits_want_logits(refused_and_unchanged, cli, model, feeds, plan):
+    job = ["optimize", model, "-o", "out.onnx", *plan, "--data", feeds, "--max-drift", "top1@y=0.5"]
+    assert "name them with --logits y" in refused_and_unchanged(*job)
+
+
+def test_metrics_of_logits_of_an_output_by_another_name(cli, model, feeds):
+    job = ["optimize", model, "-o", "out.onnx", "-p", "quantize-ffn", "--data", feeds, "--logits", "y", "--json"]
+    for limit in ("top1@y=0.5", "top1=0.5"):
+        found = cli(*job, "--max-drift", limit)
+        assert found.code == 0
+        assert found.json["drift"]["outputs"]["y"]["top1"] > 0.5
+
+
 def test_limits_need_something_to_measure_on(refused_and_unchanged, model):
     assert "--data" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--max-drift", "rel_l2=1")
 
@@ -232,16 +246,6 @@ def test_logits_that_are_no_output(refused_and_unchanged, model, feeds):
     assert "logits 'z'" in refused_and_unchanged("verify", model, model, "--data", feeds, "--logits", "z")
 
 
-@pytest.mark.parametrize(("place", "said"), [
-    ("nowhere/out.onnx", "there is no folder 'nowhere'"),
-    ("feeds", "is a folder"),
-    ("model.onnx/out.onnx", "there is no folder"),
-    ("n" * 300 + ".onnx", "onnx"),
-])
-def test_outputs_that_cannot_be_written(refused_and_unchanged, model, feeds, place, said):
-    assert said in refused_and_unchanged("optimize", model, "-o", place, "-p", "quantize-ffn")
-
-
 PLANS = {
     "missing": (None, "no such plan file"),
     "not YAML": ("- a: [unclosed\n  b: }", "not YAML"),
@@ -255,6 +259,8 @@ PLANS = {
     "an unknown pass": ("- fold-bias\n- melt-ffn\n", "there is no pass 'melt-ffn'"),
     "an unknown option": ("- quantize-ffn: {colour: 4}\n", "has no option 'colour'"),
     "a wrong value": ("- quantize-ffn: {form: 7}\n", "choose one of"),
+    "a value that is nothing": ("- quantize-ffn: {blocks: null}\n", "option 'blocks' of 'quantize-ffn' has no value"),
+    "an option given twice": ("- quantize-ffn: {bits: 8, bits: 4}\n", "'bits' is given twice"),
     "a nested value": ("- quantize-ffn: {blocks: {a: 1}}\n", "write it like 0+3-5"),
     "an object of Python": ("- !!python/object/apply:os.system [ls]\n", "not YAML"),
     "a block that is not there": ("- quantize-ffn: {blocks: 9}\n", "there is no block 9"),
@@ -277,29 +283,34 @@ def test_passes_and_a_plan_together(refused_and_unchanged, model):
     assert "not both" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "-p", "fold-bias", "--plan", "plan.yaml")
 
 
-def test_a_report_that_cannot_be_written_is_found_before_the_work(refused_and_unchanged, folder, model):
-    assert "model.onnx" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--report", model)
-    assert "model.onnx" in refused_and_unchanged("optimize", model, "-o", "out.onnx", "--report", model / "report")
-
-
-@pytest.mark.parametrize("arguments", [
-    ["optimize", "model.onnx"],
-    ["optimize", "-o", "out.onnx"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--target", "tpu"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--provider", "tpu"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--threads", "many"],
-    ["optimize", "model.onnx", "-o", "out.onnx", "--faster"],
-    ["inspect"],
-    ["inspect", "--yaml", "model.onnx"],
-    ["verify", "model.onnx"],
-    ["bench"],
-    ["bench", "model.onnx", "--max-regression", "-1", "--baseline", "x"],
-    ["models", "fetch"],
-    ["models", "get"],
-    ["explain"],
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["optimize", "model.onnx"], "optimize: Missing option '-o' / '--output' (see ffnfold optimize --help)"),
+    (["optimize", "-o", "out.onnx"], "optimize: Missing argument 'MODEL'"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--target", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--provider", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--threads", "many"], "'many' is not a valid integer"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--faster"], "optimize: No such option"),
+    (["optimize", "model.onnx", "-o", "out.onnx", "--data", ""], "'--data': the path is empty"),
+    (["optimize", "model.onnx", "-o", "new/"], "'new/' is a folder: give the path of the file to write"),
+    (["inspect"], "inspect: Missing argument 'MODEL...'"),
+    (["inspect", "--yaml", "model.onnx"], "No such option"),
+    (["verify", "model.onnx"], "Missing argument 'CANDIDATE'"),
+    (["bench"], "Missing argument"),
+    (["bench", "model.onnx", "--max-regression", "-1", "--baseline", "x"], "'-1' is no percentage"),
+    (["bench", "model.onnx", "--seconds", "inf"], "'inf' is no finite number"),
+    (["bench", "model.onnx", "--seconds", "nan"], "'nan' is no finite number"),
+    (["bench", "model.onnx", "--csv", "new/"], "'new/' is a folder"),
+    (["search", "model.onnx", "-o", "out.onnx", "--data", "feeds", "--budget", "nan"], "'nan' is no finite number"),
+    (["search", "model.onnx", "-o", "out.onnx", "--data", "feeds", "--min-speedup", "nan"], "'nan' is no finite number"),
+    (["search", "model.onnx", "-o", "new/", "--data", "feeds"], "'new/' is a folder"),
+    (["models", "fetch"], "ffnfold models: No such command 'fetch' (see ffnfold models --help)"),
+    (["models", "get"], "ffnfold models get: Missing argument 'NAME' (see ffnfold models get --help)"),
+    (["explain"], "ffnfold: No such command 'explain' (see ffnfold --help)"),
 ])
-def test_usage_errors(refused_and_unchanged, model, arguments):
-    assert refused_and_unchanged(*arguments).startswith("Error: ")
+def test_usage_errors(refused_and_unchanged, model, arguments, said):
+    line = refused_and_unchanged(*arguments)
+    assert line.startswith("ffnfold")
+    assert said in line
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has a GPU")

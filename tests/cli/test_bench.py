@@ -30,6 +30,7 @@ def test_json_holds_the_keys_of_the_contract(cli, model, wider):
     for each in found["models"]:
         assert 0 < each["p50_ms"] <= each["p90_ms"] <= each["p99_ms"]
         assert each["nodes_by_provider"]["cpu" if "cpu" in each["nodes_by_provider"] else "CPUExecutionProvider"] > 0
+    assert all(each["fallback_nodes"] == [] for each in found["models"])  # the CPU was asked for
     assert found["models"][0]["bytes"] == wider.stat().st_size
 
 
@@ -44,6 +45,7 @@ def test_the_table_and_real_feeds(cli, model, feeds):
     assert outcome.code == 0
     assert outcome.out.count("model.onnx") == 2
     assert "CPU " in outcome.out
+    assert "compute on the CPU" not in outcome.out
 
 
 def test_one_model_alone_has_no_ratio(cli, model):
@@ -132,8 +134,9 @@ LIMIT = ["--baseline", "earlier.json", "--max-regression", "5%"]
     (["--shape", "x=1x4x8", *LIMIT], "give two models"),
     (["--shape", "x=1x4x8", "--baseline", "earlier.json", "--max-regression", "five"], "write it like 5%"),
     (["--shape", "x=1x4x8", "--baseline", "earlier.json", "--max-regression", "-1"], "write it like 5%"),
-    (["--shape", "x=1x4x8", "--csv", "feeds"], "the table cannot be written"),
+    (["--shape", "x=1x4x8", "--csv", "feeds"], "the table cannot be written there, as it is a folder"),
     (["--shape", "x=1x4x8", "--csv", "nowhere/table.csv"], "the table cannot be written"),
+    (["--shape", "x=0x4x8"], "a size is at least 1"),
     (["--shape", "x=1,x8"], "NAME=1,8x16,128 for a grid"),
     (["--shape", "x=1x4x8", "--shape", "x=1x5x8", "--threads", "1", "--threads", "0"], "--threads"),
 ])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 
 import pytest
 from ffnfold import models
@@ -46,7 +46,9 @@ def test_demo_without_a_network(refused, folder, monkeypatch):
     assert "network" in refused("demo", "-o", folder / "out")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="file permissions")
-def test_a_folder_that_cannot_be_made(refused, folder):
+@pytest.mark.parametrize("name", models.RECIPES)
+@pytest.mark.parametrize("place", ["file", "file/model"])
+def test_a_folder_that_cannot_be_made_is_found_before_the_work(refused, folder, monkeypatch, name, place):
+    monkeypatch.setattr(models, "RECIPES", {name: dataclasses.replace(models.RECIPES[name], make=None)})
     (folder / "file").write_text("")
-    assert "choose another folder" in refused("models", "get", "vit-s", "-o", folder / "file" / "vit-s")
+    assert "choose another folder" in refused("models", "get", name, "-o", place)

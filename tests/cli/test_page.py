@@ -6,8 +6,10 @@ import json
 import sys
 from html.parser import HTMLParser
 
+import onnx
 import pytest
 import reports
+from ffn_graphs import transformer
 from ffnfold.cli.page import Report, page, render
 
 SECTIONS = ["outputs", "blocks", "front", "latency", "roofline", "size", "placement", "exact", "plan", "machine"]
@@ -146,6 +148,20 @@ def test_verify_writes_its_page(cli, folder, model, feeds):
     assert [each["id"] for each in Elements(text).of("section")] == ["outputs", "blocks"]
     assert "a limit was missed" in text
     assert "rel_l2 of &#39;y&#39; is" in text
+
+
+def test_a_model_whose_only_output_is_a_sequence(cli, folder):
+    proto = transformer(2, activation="gelu").model()
+    proto.graph.node.append(onnx.helper.make_node("SequenceConstruct", [proto.graph.output[0].name], ["states"]))
+    proto.graph.output[0].CopyFrom(onnx.helper.make_tensor_sequence_value_info("states", onnx.TensorProto.FLOAT, None))
+    onnx.save(proto, folder / "states.onnx")
+    optimized = cli("optimize", "states.onnx", "-o", "out.onnx", "-p", "quantize-ffn", "--synthetic", "--report", "told",
+                    "--json")
+    assert (optimized.code, optimized.json["drift"]["outputs"]) == (0, {})
+    assert "no output could be compared" in (folder / "told" / "report.html").read_text()
+    verified = cli("verify", "states.onnx", "out.onnx", "--synthetic", "--per-block", "--report", "verified")
+    assert verified.code == 0
+    assert "block 1" in verified.out
 
 
 def test_bench_writes_its_page(cli, folder, model):

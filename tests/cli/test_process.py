@@ -76,13 +76,22 @@ def test_version(cli):
     assert ffnfold.__version__ in cli("--version").out
 
 
-def test_a_reader_that_stops_early_is_no_crash(folder, model):
-    process = subprocess.Popen([sys.executable, "-m", "ffnfold", "passes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+@pytest.mark.skipif(sys.platform == "win32", reason="closed pipes")
+@pytest.mark.parametrize("arguments", [["passes"], ["passes", "--json"], ["inspect", "model.onnx"], ["--help"]])
+def test_a_reader_that_stops_early_ends_it_as_sigpipe_would(folder, model, arguments):
+    process = subprocess.Popen([sys.executable, "-m", "ffnfold", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                cwd=folder)
     process.stdout.close()
-    assert b"Traceback" not in process.stderr.read()
+    assert process.stderr.read() == b""
     process.stderr.close()
-    process.wait()
+    assert process.wait() == 141
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closed pipes")
+def test_an_error_that_nobody_reads_is_still_one(folder):
+    process = subprocess.Popen([sys.executable, "-m", "ffnfold", "bench", "no.onnx"], stderr=subprocess.PIPE, cwd=folder)
+    process.stderr.close()
+    assert process.wait() == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")

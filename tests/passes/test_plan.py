@@ -133,7 +133,9 @@ def test_a_pass_that_cannot_be_read(text, said):
     ("- {fold-bias: 3}", "is no pass"),
     ("- fold-bias\n  - x: [", "not YAML"), ("- !!python/object/apply:os.system ['true']", "not YAML"),
     ("- trial: {blocks: {a: 1}}", "is no list of blocks"), ("- trial: {blocks: [a]}", "is no list of blocks"),
-    ("- trial: {count: [1]}", "not a number"), ("- trial: {form: null}", "choose one of")])
+    ("- trial: {count: [1]}", "not a number"), ("- trial: {form: null}", "option 'form' of 'trial' has no value"),
+    ("- trial: {blocks: }", "option 'blocks' of 'trial' has no value"), ("- trial: {rows: 1, rows: 0}", "'rows' is given twice"),
+    ("passes: []\npasses: []", "'passes' is given twice")])
 def test_a_plan_file_that_cannot_be_read(tmp_path, text, said):
     file = tmp_path / "plan.yaml"
     file.write_text(text)
@@ -141,6 +143,11 @@ def test_a_plan_file_that_cannot_be_read(tmp_path, text, said):
         Plan.load(file)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_may_be_nothing_may_have_no_value(tmp_path):
+    (tmp_path / "plan.yaml").write_text("- trial: {count: null, fraction: }")
+    assert Plan.load(tmp_path / "plan.yaml") == Plan.parse(["trial"])
 
 
 def test_a_plan_file_that_is_not_there_or_not_text(tmp_path):

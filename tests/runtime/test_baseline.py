@@ -53,8 +53,9 @@ def test_nothing_to_compare_is_said_before_the_run(load, models):
         load([{"model": "a.onnx", "speedup": 1.0}]).check(models)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"ratios": 3}', '{"ratios": [{}]}', '{"ratios": [{"model": "a"}]}',
-                                     '{"ratios": ["a"]}', '{"ratios": [{"model": "a", "speedup": null}]}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"a":' * 5000, '{"ratios": 3}',
+                                     '{"ratios": [{}]}', '{"ratios": [{"model": "a"}]}', '{"ratios": ["a"]}',
+                                     '{"ratios": [{"model": "a", "speedup": null}]}'])
 def test_other_files_are_refused(tmp_path, content, one_line):
     path = tmp_path / "earlier.json"
     path.write_text(content)

@@ -101,10 +101,38 @@ def test_other_types_are_compared_as_numbers(dtype):
     assert (found["max_abs"], found["mean_abs"]) == (1, 0.25)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 0)])
-def test_scalars_vectors_and_empty_outputs(shape):
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_scalars_and_vectors_are_one_row(shape):
     found = measured(np.ones(shape), np.ones(shape), logits=True)
     assert (found["max_abs"], found["cosine_mean"], found["top1"]) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 3, 4)])
+def test_outputs_without_a_row_have_no_numbers(shape):
+    assert set(measured(np.ones(shape), np.ones(shape), logits=True).values()) == {None}
+
+
+def test_nothing_to_compare_is_no_perfect_match(workshop, one_line):
+    path = workshop.linear(np.ones((2, 2), np.float32))
+    drift = compare(path, path, Feeds.of([{"x": np.ones((0, 3, 2), np.float32)}]), limits=[parse_limit("cosine_mean=0.9")])
+    assert not drift
+    assert drift.missed == ("cosine_mean of 'y' is not known, as it has no row to compare, should be at least 0.9",)
+    with pytest.raises(InputError) as caught:
+        drift.check_rows()
+    one_line(caught.value, "no row to compare: every row of the feeds is padding or empty: give feeds with tokens")
+
+
+def test_an_output_without_a_row_beside_one_with_rows(workshop):
+    kinds = {"x": (TensorProto.FLOAT, ["n", 2]), "z": (TensorProto.FLOAT, ["m", 2])}
+    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Relu", ["z"], ["none"])]
+    path = workshop.save(nodes, kinds, {"y": kinds["x"], "none": kinds["z"]})
+    feeds = Feeds.of([{"x": np.ones((1, 2), np.float32), "z": np.ones((0, 2), np.float32)}])
+    drift = compare(path, path, feeds)
+    drift.check_rows()
+    assert drift.outputs["y"]["cosine_mean"] == 1
+    assert set(drift.to_json()["outputs"]["none"].values()) == {None}
+    assert compare(path, path, feeds, limits=[parse_limit("rel_l2@y=0")])
+    assert not compare(path, path, feeds, limits=[parse_limit("rel_l2@none=0")])
 
 
 @pytest.fixture

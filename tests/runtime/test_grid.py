@@ -30,6 +30,13 @@ def test_other_texts_are_refused(text, one_line):
     one_line(caught.value, "write it like NAME=1x128")
 
 
+@pytest.mark.parametrize("text", ["x=0x8", "x=1,0x8", "x=8x00"])
+def test_sizes_of_nothing_are_refused(text, one_line):
+    with pytest.raises(InputError) as caught:
+        parse_grid([text])
+    one_line(caught.value, "a size is at least 1")
+
+
 def test_inputs_with_different_numbers_of_shapes_are_refused(one_line):
     with pytest.raises(InputError) as caught:
         parse_grid(["x=1,2,4x8", "mask=1,2x8"])

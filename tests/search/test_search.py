@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,14 @@ from click.testing import CliRunner
 from feed_files import write_feeds
 from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
+from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session, parse_limit
 from ffnfold.search import SearchJob, search_file
 from ffnfold.search.candidates import Candidate, plan_of
+from ffnfold.search.front_models import FrontModels
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import weight_bytes
 from ffnfold.search.workshop import Workshop
@@ -181,6 +185,7 @@ def words(**options: str) -> list[str]:
     ({"max_drift": "score=1", "score": "statistics:fmean"}, "the function fails"),
     ({"max_drift": "perplexity=1.1", "perplexity": "y"}, "no input holds token ids"),
     ({"min_speedup": "1.1", "shape": "x=4x8x64*none"}, "write it like"),
+    ({"min_speedup": "1.1", "shape": "x=0x8x64"}, "a size is at least 1"),
     ({"min_speedup": "1.1", "shape": "x=4x8x64*0"}, "above 0"),
     ({"min_speedup": "1.1", "workers": "2", "scheduler": "tcp://127.0.0.1:1"}, "give one of them"),
     ({"min_speedup": "1.1", "output": "nowhere/out.onnx"}, "there is no folder"),
@@ -188,7 +193,7 @@ def words(**options: str) -> list[str]:
 def test_what_makes_no_sense_is_refused_in_one_line(model, feeds, tmp_path, options, said):
     given = {"output": str(tmp_path / "out.onnx"), "data": str(feeds), "cache": str(tmp_path / "cache"), **options}
     result = CliRunner().invoke(main, ["search", str(model), *words(**given)])
-    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage: ", "Try '"))]
+    lines = result.stderr.splitlines()
     assert result.exit_code == 2
     assert len(lines) == 1
     assert said in lines[0]
@@ -204,6 +209,27 @@ def test_perplexity_is_that_of_the_tokens_that_come_next(tmp_path):
     expected = [-np.log(p[row, place, tokens[row, place + 1]]) for row, last in ((0, 4), (1, 2)) for place in range(last)]
     assert count == len(expected)
     assert loss == pytest.approx(sum(expected))
+
+
+def test_perplexity_of_an_output_that_is_no_vocabulary_is_refused_first(tmp_path):
+    s = Sketch()
+    table, tokens = s.weight(np.ones((50, 8), np.float32)), s.input("input_ids", ["n", "t"], onnx.TensorProto.INT64)
+    s.op("Gather", table, tokens, out=s.output("hidden", ["n", "t", 8]))
+    ids = [np.array([[1, 2, 3]]), np.array([[4, 40, 5]])]
+    yardstick = Yardstick(Model.load(s.save(tmp_path / "model.onnx")), Feeds.of([{"input_ids": each} for each in ids]),
+                          provider="cpu", threads=1, perplexity="hidden")
+    with pytest.raises(InputError, match="--perplexity hidden: it has 8 numbers for a token, and 'input_ids' has the token 40"):
+        yardstick.check()
+
+
+def test_an_output_without_a_row_is_left_out(tmp_path):
+    s = Sketch()
+    s.op("Relu", s.input("x", ["n", 8]), out=s.output("y", ["n", 8]))
+    s.op("Relu", s.input("z", ["m", 8]), out=s.output("none", ["m", 8]))
+    feeds = Feeds.of([{"x": np.ones((2, 8), np.float32), "z": np.ones((0, 8), np.float32)}])
+    yardstick = Yardstick(Model.load(s.save(tmp_path / "model.onnx")), feeds, provider="cpu", threads=1)
+    yardstick.check()
+    assert yardstick.outputs == ["y"]
 
 
 def test_perplexity_of_a_model_against_itself_is_one(tmp_path):
@@ -278,6 +304,25 @@ def test_a_block_that_cannot_be_cut_out_is_timed_in_the_whole_model(tmp_path, mo
     assert not any("slim" in key for key in keys if key.startswith("('alone'"))
 
 
+def test_what_a_killed_search_left_with_its_front_is_removed_by_the_next(tmp_path):
+    code = ("import sys; from pathlib import Path; from ffnfold.search.front_models import FrontModels; "
+            "models = FrontModels(Path(sys.argv[1]), 'search', {}, None); print('begun', flush=True); sys.stdin.read()")
+    killed, alive = (subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                     for _ in range(2))
+    for process in (killed, alive):
+        assert process.stdout.readline() == b"begun\n"
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.iterdir())) == 2
+    models = FrontModels(tmp_path, "search", {}, None)
+    assert len(list(tmp_path.iterdir())) == 2
+    models.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    alive.communicate()
+    FrontModels(tmp_path, "search", {}, None).close()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.timeout(300)
 def test_the_models_on_the_front_are_kept(tmp_path, monkeypatch):
     """Those that optimize would write, under names that a second search finds them by."""
@@ -285,7 +330,7 @@ def test_the_models_on_the_front_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
     model, data = transformer(1, 64, 256, activation="gelu").save(tmp_path / "model.onnx"), tmp_path / "feeds"
     write_feeds(data, 6, (4, 32, 64))
-    job = SearchJob(model, tmp_path / "out.onnx", data, threads=1, cache=tmp_path / "cache", minutes=0.5,
+    job = SearchJob(model, tmp_path / "out.onnx", data, threads=1, cache=tmp_path / "cache", minutes=2,
                     front=tmp_path / "front", limits=[parse_limit("cosine_mean=0.97")])
     front = search_file(job)["front"]
     files = sorted(Path(point["model"]) for point in front)

@@ -11,16 +11,19 @@ import numpy.typing as npt
 from ..graph.block import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
+from .blocks import Blocks
 from .fitting.affine_map import fit_map, input_evidence, put_map, why_no_map
 from .fitting.damage import FEEDS, why_blind
 from .fitting.evidence import Streams
 from .fitting.frequent_range import LEVELS, Lines
+from .fitting.heal import Healer
 from .fitting.measure import unmeasurable
 from .fitting.neuron_fit import NeuronFit
 from .fitting.neuron_lines import choose_coverage, lines_everywhere, measure_curves, put_lines, why_no_lines
 from .fitting.stein import fit_stein
 
 Array = npt.NDArray[Any]
+_HEALER = "what heals the blocks that stay"
 _COVERAGE = "part of the tokens that the range of each neuron holds, by block"
 
 
@@ -49,6 +52,10 @@ class LinearizeFFN(BlockPass):
     original model has there (``target=stream``: its residual stream; ``target=block``: the block's own output). Where x is
     also the residual (post-LN), the map takes the residual Add in: ``x + x A + c = x (A + I) + c``.
 
+    With ``heal`` the blocks that stay, behind the first that is made affine, make good what they can of its error: the numbers
+    of their down projections are fitted anew, towards the original stream, where tokens held out say that it helps (see
+    :mod:`heal`). Their shapes and their work stay.
+
     Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, on weights that the caller may
     override, where the feeds bring fewer tokens than the block has inputs (``fit=affine``), or with ``spread=sensitivity`` where
     those that choose give nothing to compare.
@@ -64,6 +71,7 @@ class LinearizeFFN(BlockPass):
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
+    heal: bool = field(default=True, metadata={"help": "fit the down projections of blocks that stay anew, to undo errors"})
 
     coverage: float = field(default=1.0, metadata={"help": "of fit=neuron: part of the tokens that a line is fitted to"})
     spread: Literal["uniform", "sensitivity"] = field(default="sensitivity", metadata={
@@ -99,7 +107,17 @@ class LinearizeFFN(BlockPass):
                 return self.refuse_all(parts, context)
             return super().run(model, dataclasses.replace(context, memo={**context.memo, _COVERAGE: parts}))
         with Streams(model, context, self.vary) as streams:
-            return super().run(model, dataclasses.replace(context, streams=streams))
+            context = dataclasses.replace(context, streams=streams)
+            if not self.heal or self.target == "block":
+                return super().run(model, context)
+            healer = Healer(model, context, self.blocks, self.weight)
+            result = super().run(model, dataclasses.replace(context, memo={**context.memo, _HEALER: healer}))
+            healer.rest()
+        if not healer.healed:
+            return result
+        note = (f"the down projections of blocks {Blocks(tuple(healer.healed))} were fitted anew, to make good what the affine "
+                "blocks before them do wrong (heal=false leaves them)")
+        return dataclasses.replace(result, notes=(*result.notes, note))
 
     def _coverage(self, model: Model, context: Context) -> dict[str, Array] | Refused:
         assert context.choose is not None
@@ -118,6 +136,9 @@ class LinearizeFFN(BlockPass):
             return refusal
         if self.fit == "neuron":
             return self._lines(model, block, context)
+        healer = context.memo.get(_HEALER)
+        if healer is not None:
+            healer.before(block.index)
         evidence = input_evidence(block, context, weight=self.weight, target=self.target)
         if isinstance(evidence, Refused):
             return evidence
@@ -134,6 +155,8 @@ class LinearizeFFN(BlockPass):
         """Put the affine map, or the lines, in place."""
         if isinstance(statistics, NeuronFit):
             assert statistics.affine is not None
+            if _HEALER in context.memo:
+                context.memo[_HEALER].began = True
             return put_map(model, block, statistics.affine, statistics.offset, context)
         assert isinstance(statistics, Lines)
         return put_lines(model, block, statistics)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from .. import __version__
 from ..graph.errors import InputError
 from ..graph.leftovers import scratch_folder
 from ..graph.model import Model
 from ..passes.plan import Plan
+from ..passes.provenance import Provenance
 
 
 class FrontModels:
@@ -24,15 +24,15 @@ class FrontModels:
     Args:
         folder: made where it is missing.
         identity: what a search is known by, beside the plan.
-        entries: the hash of the input, for the models' metadata.
+        source: the input, for the models' metadata.
         external: as in :meth:`~ffnfold.graph.model.Model.save`.
 
     Raises:
         InputError: the folder cannot be made or written into.
     """
 
-    def __init__(self, folder: Path, identity: str, entries: Mapping[str, str], external: bool | None) -> None:
-        self.folder, self._identity, self._entries, self._external = folder, identity, entries, external
+    def __init__(self, folder: Path, identity: str, source: Provenance, external: bool | None) -> None:
+        self.folder, self._identity, self._source, self._external = folder, identity, source, external
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._scratch, self._claim = scratch_folder(folder, ".search-")
@@ -49,8 +49,7 @@ class FrontModels:
         place = self._scratch / self.path_of(plan).stem
         place.mkdir(exist_ok=True)
         if fired:
-            model.metadata = lambda: {"ffnfold.version": __version__, "ffnfold.plan": plan.to_yaml(),
-                                      **{f"ffnfold.{key}": value for key, value in self._entries.items()}}
+            model.metadata = self._source.then(plan, None)
         model.save(place / self.path_of(plan).name, external=self._external)
 
     def settle(self, plan: Plan, build: Callable[[], object]) -> Path:

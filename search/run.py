@@ -59,7 +59,7 @@ class Search:
         self.rows = self._check_limits()
         self.traffic = traffic_of(job, self.bench.workshop.original, self.bench.split.choose)
         folder = job.cache or default_folder()
-        machine, identity, entries = identity_of(job, self.bench)
+        machine, identity, source = identity_of(job, self.bench)
         self.records = Records(folder / identity)
         self.timings = Records(folder / "latency")
         self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
@@ -68,7 +68,7 @@ class Search:
         self.points: dict[str, Point] = {}
         self._refused = ""
         self.models: FrontModels | None = None
-        self._known_by = identity, entries
+        self._known_by = identity, source
 
     def _check_limits(self) -> list[Row]:
         for each in self.job.limits:

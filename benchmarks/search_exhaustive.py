@@ -31,7 +31,7 @@ from ffnfold.graph.model import Model
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, Variant, race
 from ffnfold.search import SearchJob
-from ffnfold.search.candidates import KEEP, OTHERS, Candidate
+from ffnfold.search.candidates import HEAD, KEEP, OTHERS, Candidate
 from ffnfold.search.front import Expected
 from ffnfold.search.goal import parse_goal
 from ffnfold.search.run import Search
@@ -75,7 +75,7 @@ def compare(given: argparse.Namespace, folder: Path) -> int:
         reports.append(search.run())
         searches.append(search)
         print(f"search for {limit:g}: {reports[-1]['speedup']:.3f}×, {time.perf_counter() - start:.0f} s", flush=True)
-    units = [unit for unit in searches[0].candidates if unit != OTHERS]
+    units = [unit for unit in searches[0].candidates if unit not in (OTHERS, HEAD)]
     several = [KEEP, Candidate(0), *([] if given.narrow else [Candidate(half(searches[0], units[0]))])]
     points = []
     for choice in itertools.product(several, repeat=len(units)):

@@ -61,8 +61,8 @@ class QuantizeFFN(BlockPass):
         "help": "integer kernels, blocks of integers, or storage only"})
     bits: Literal[8, 4] = field(default=8, metadata={"help": "of a stored weight"})
     block_size: int | None = field(default=None, metadata={"help": "inputs that share a scale, for nbits and weight-only"})
-    also: Literal["nothing", "attention", "everything"] = field(default="nothing", metadata={
-        "help": "other linears too: those of attention, or also the head"})
+    also: Literal["nothing", "attention", "head", "everything"] = field(default="nothing", metadata={
+        "help": "other linears too: those of attention, the head that gives logits, or both"})
     row_scale: Literal["auto", "true", "false"] = field(default="auto", metadata={
         "help": "scale each row of the activations by its own maximum: where it pays, everywhere, nowhere"})
     smooth: Literal["norm", "feeds", "none"] = field(default="norm", metadata={
@@ -250,6 +250,6 @@ class QuantizeFFN(BlockPass):
         groups = [group for block in blocks.values() for group in block_groups(block)]
         refused: list[Refused] = []
         if self.also != "nothing":
-            others, refused = other_groups(model, context.ledger.blocks.values(), self.also == "everything")
+            others, refused = other_groups(model, context.ledger.blocks.values(), self.also)
             groups += others
         return units_of(groups, blocks), refused

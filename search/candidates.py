@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..graph.block import FFNBlock
@@ -17,10 +17,12 @@ from ..passes.quantize_ffn import QuantizeFFN
 from ..passes.remove_ffn import RemoveFFN
 from ..passes.slim_ffn import SlimFFN
 
-MEANING = 5
+MEANING = 6
 """Raised where a candidate comes to stand for something else, so that what is in a cache is measured again."""
 OTHERS = -1
 """The unit that stands for the linears outside FFN blocks, those of attention."""
+HEAD = -2
+"""The unit that stands for the linear that gives logits."""
 _EIGHTHS = (1, 2, 3, 4, 5, 6)  # of the neurons, an affine map beside them
 _FEW_EIGHTHS = (2, 4)
 _BARE_EIGHTHS = (1, 2, 3, 4, 5, 6, 7)  # without one
@@ -34,12 +36,13 @@ _COMPENSATED = {"int8": "int8-gptq", "int8-plain": "int8-plain-gptq", "4-bit": "
 _FORMS |= {better: {**_FORMS[form], "gptq": True} for form, better in _COMPENSATED.items()}
 _WIDEST = 4096  # inputs of a linear for which GPTQ's inverse of their Gram matrix takes seconds
 _OF_TARGET = {"cpu": ("int8", "int8-plain", "8-bit", "4-bit"), "cuda": ("8-bit", "4-bit", "stored-8-bit")}
+_ALSO = {(False, False): "", (True, False): "attention", (False, True): "head", (True, True): "everything"}
 _PAIRED = {"cpu": ("int8", "int8-plain"), "cuda": ("8-bit",)}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may become of a unit: an FFN block, or the linears outside them.
+    """What may become of a unit: an FFN block, the linears outside them, or the head.
 
     Attributes:
         neurons: how many stay, beside an affine map of the input; 0: the affine map alone; None: all, as they are.
@@ -47,7 +50,6 @@ class Candidate:
         removed: the block is gone, its mean kept.
         ratio: part of the numbers that stays in two thin matrices for each; 0: the matrices are whole.
         form: how weights are stored and multiplied; empty: as they are.
-        head: of the linears outside FFN blocks, those that give logits too.
     """
 
     neurons: int | None = None
@@ -55,13 +57,12 @@ class Candidate:
     removed: bool = False
     form: str = ""
     ratio: float = 0.0
-    head: bool = False
 
     def __str__(self) -> str:
         body = "removed" if self.removed else f"low-rank-{self.ratio:g}" if self.ratio else ""
         if self.neurons is not None:
             body = f"{'bare' if self.bare else 'slim'}-{self.neurons}" if self.neurons else "affine"
-        return "+".join(part for part in (body, self.form, "head" if self.head else "") if part) or "keep"
+        return "+".join(part for part in (body, self.form) if part) or "keep"
 
     @property
     def fitted(self) -> bool:
@@ -122,11 +123,14 @@ def _widths(block: FFNBlock, eighths: tuple[int, ...], multiple: int) -> list[in
     return sorted({math.ceil(block.d_ff * part / 8 / multiple) * multiple for part in eighths})
 
 
-def other_candidates(target: str, head: bool = False, better: bool = False) -> list[Candidate]:
-    """What may become of the linears outside the blocks. ``head``: there is one that gives logits. ``better``: see above."""
-    kinds = [False, True] if head else [False]
-    forms = _best(_OF_TARGET[target], better and target == "cpu")
-    return [KEEP, *(Candidate(form=form, head=too) for too in kinds for form in forms)]
+def other_candidates(target: str, better: bool = False) -> list[Candidate]:
+    """What may become of the linears outside the blocks, and of the head. ``better``: with time to undo errors of rounding."""
+    return [KEEP, *(Candidate(form=form) for form in _best(_OF_TARGET[target], better and target == "cpu"))]
+
+
+def name_of(unit: int) -> str:
+    """A unit, for people."""
+    return {OTHERS: "attention", HEAD: "the head"}.get(unit, f"block {unit}")
 
 
 def exact_passes() -> list[Pass]:
@@ -134,12 +138,11 @@ def exact_passes() -> list[Pass]:
     return list(Plan.parse(text for text in EXACT_PLAN if text != "fold-norm"))
 
 
-def quantizing(form: str, target: str, blocks: Blocks, others: Candidate | None = None, *, timed: bool = False) -> QuantizeFFN:
-    """The pass that writes ``form``; ``others``: what the linears outside the blocks become with them, if so.
-
-    ``timed``: only how long the result takes matters, not its numbers.
-    """
-    also = {} if others is None else {"also": "everything" if others.head else "attention"}
+def quantizing(form: str, target: str, units: Collection[int], *, timed: bool = False) -> QuantizeFFN:
+    """The pass that writes ``form``. ``timed``: only how long the result takes matters, not its numbers."""
+    outside = _ALSO[OTHERS in units, HEAD in units]
+    also = {"also": outside} if outside else {}
+    blocks = _blocks([unit for unit in units if unit not in (OTHERS, HEAD)])
     options = {**_FORMS[form], **({"gptq": False} if timed else {}), **({"target": target} if target != "cpu" else {}), **also}
     return QuantizeFFN(blocks, **options)  # type: ignore[arg-type]
 
@@ -160,11 +163,10 @@ def plan_of(choice: Choice, target: str) -> Plan:
         passes.append(SlimFFN(_blocks(units), widths=text, multiple=1, refine=0))
     for ratio in sorted({each.ratio for each in choice.values()} - {0.0}):
         passes.append(FactorizeFFN(_blocks([unit for unit, each in choice.items() if each.ratio == ratio]), ratio=ratio))
-    others = choice.get(OTHERS, KEEP)
     for form in _FORMS:
-        units = [unit for unit, each in choice.items() if each.form == form and unit != OTHERS]
-        if units or others.form == form:
-            passes.append(quantizing(form, target, _blocks(units), others if others.form == form else None))
+        units = [unit for unit, each in choice.items() if each.form == form]
+        if units:
+            passes.append(quantizing(form, target, units))
     return Plan(tuple(passes))
 
 

@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .candidates import OTHERS, Candidate
+from .candidates import HEAD, OTHERS, Candidate
 from .job import SearchJob
 from .latency import Traffic, block_key
 from .scoring import Bench
 
+_OUTSIDE = {OTHERS: "attention", HEAD: "head"}
 _LATENCY, _WHOLE = 20.0, 40.0  # seconds: of a shape of block at a shape of input, and of the whole models
 
 
@@ -32,7 +33,7 @@ def estimate(job: SearchJob, bench: Bench, candidates: Mapping[int, Sequence[Can
     alone = len(drift) * 1.5 * one + fit * any(each.fitted for each in drift)
     latency = len(shapes) * len(traffic) * _LATENCY + _WHOLE
     return {"model": str(job.model), "dry_run": True, "ffn_blocks": len(shop.blocks), "block_shapes": len(shapes),
-            "candidates": {"attention" if unit == OTHERS else str(unit): [str(each) for each in several]
+            "candidates": {_OUTSIDE.get(unit, str(unit)): [str(each) for each in several]
                            for unit, several in candidates.items()},
             "measurements": {"drift": len(drift), "latency": sum(len(candidates[unit]) for unit in shapes.values())},
             "minutes": {"alone": round((alone + latency) / 60, 2), "each_plan": round((fit + one + latency / 4) / 60, 2),

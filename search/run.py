@@ -15,7 +15,7 @@ from ..passes.fitting.kept_fits import Fits
 from ..passes.optimize import Job, check_apart, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
-from .candidates import KEEP, MEANING, OTHERS, Candidate, Choice, plan_of, spread_out
+from .candidates import HEAD, KEEP, MEANING, OTHERS, Candidate, Choice, name_of, plan_of, spread_out
 from .choice import choose, text_of
 from .estimate import estimate
 from .front import Expected, Point
@@ -99,8 +99,8 @@ class Search:
                                                     self.bench.workshop, self.traffic), "base", self._machine)
         self.saved: dict[tuple[int, Candidate], float] = {}
         for unit, several in self.candidates.items():
-            if unit == OTHERS:
-                self._time_whole(unit, several[1:], "others")
+            if unit in (OTHERS, HEAD):
+                self._time_whole(unit, several[1:], name_of(unit))
             else:
                 self._time_block(unit, several)
             self.saved[unit, KEEP] = 0.0
@@ -110,7 +110,7 @@ class Search:
 
     def _time_whole(self, unit: int, several: Sequence[Candidate], *what: object) -> None:
         for each in several:
-            message = f"timing {'attention' if unit == OTHERS else f'block {unit}'} in the whole model: {each}"
+            message = f"timing {name_of(unit)} in the whole model: {each}"
             part = self.records.measure(partial(self._telling, message, saved_in_whole, self.bench.workshop, unit, each,
                                                 self.traffic), *what, str(each), self._machine)
             if part["saved"] is not None:
@@ -181,7 +181,7 @@ class Search:
             for each in spread_out(several) if several[0].fitted else several:
                 if time.monotonic() > share:
                     break
-                self.progress(f"drift of {'attention' if unit == OTHERS else f'block {unit}'}: {each}")
+                self.progress(f"drift of {name_of(unit)}: {each}")
                 keep(unit, each, self.bench.score(unit, each))
 
     def _explore(self) -> None:

@@ -26,7 +26,7 @@ from ..passes.remove_ffn import RemoveFFN
 from ..passes.runner import run_plan
 from ..passes.slim_ffn import SlimFFN
 from ..runtime import Feeds
-from .candidates import OTHERS, Candidate, block_candidates, compensated, exact_passes, other_candidates, quantizing
+from .candidates import HEAD, OTHERS, Candidate, block_candidates, compensated, exact_passes, other_candidates, quantizing
 
 _ENOUGH_FOR_A_MEAN = 8  # feeds; also for the largest numbers of channels
 
@@ -62,9 +62,9 @@ class Workshop:
             able = _able(self.base, block)
             found[index] = [each for each in block_candidates(block, self.target, few=few)
                             if not (each.fitted or each.removed) or able]
-        counts = [len(other_groups(self.base, self.blocks.values(), heads)[0]) for heads in (False, True)]
         better = bool(self.blocks) and all(compensated(block, few) for block in self.blocks.values())
-        return {**found, OTHERS: other_candidates(self.target, counts[1] > counts[0], better)}
+        heads, _ = other_groups(self.base, self.blocks.values(), "head")
+        return {**found, **{unit: other_candidates(self.target, better) for unit in ([OTHERS, HEAD] if heads else [OTHERS])}}
 
     def evidence(self, units: Sequence[int]) -> Iterator[tuple[int, Evidence]]:
         """Moments for the fits of blocks, one after the other, all on the model as it is."""
@@ -127,12 +127,12 @@ class Workshop:
                     return None
         for form in dict.fromkeys(each.form for each in changes.values() if each.form):
             units = [unit for unit, each in changes.items() if each.form == form]
-            found = {unit: self.find(trial, unit) for unit in units if unit != OTHERS}
-            indices = tuple(sorted(block.index for block in found.values() if block is not None))
-            if OTHERS not in units and not indices:
+            outside = [unit for unit in units if unit in (OTHERS, HEAD)]
+            found = [self.find(trial, unit) for unit in units if unit not in outside]
+            indices = [block.index for block in found if block is not None]
+            if not outside and not indices:
                 continue  # a block of one affine map is among the other linears
-            others = changes[OTHERS] if OTHERS in units else None
-            rounding = quantizing(form, self.target, Blocks(indices), others, timed=timed)
+            rounding = quantizing(form, self.target, [*outside, *indices], timed=timed)
             if not rounding.run(trial, self._context(trial, few=True)).fired:
                 return None
         return trial

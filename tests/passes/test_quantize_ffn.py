@@ -387,6 +387,9 @@ def test_linears_of_attention(tmp_path):
     _, result = quantize(s, tmp_path, "also=everything")
     assert result.fired == 4
     assert not result.refused
+    _, result = quantize(s, tmp_path, "blocks=none,also=head,row_scale=false")
+    assert (result.fired, result.refused) == (1, [])
+    assert executed(tmp_path)["DynamicQuantizeMatMul"] == 1
 
 
 def test_linears_of_attention_in_every_form(tmp_path):

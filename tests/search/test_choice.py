@@ -12,7 +12,7 @@ from ffnfold.graph.errors import InputError
 from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.runtime.limits import METRICS
-from ffnfold.search.candidates import KEEP, OTHERS, Candidate, block_candidates, plan_of, spread_out
+from ffnfold.search.candidates import HEAD, KEEP, OTHERS, Candidate, block_candidates, plan_of, spread_out
 from ffnfold.search.choice import Bound, choose
 from ffnfold.search.front import Expected, Point, front_of
 from ffnfold.search.goal import Row, damage, parse_goal, rows_of
@@ -129,10 +129,12 @@ def test_a_choice_becomes_a_plan_with_one_fit():
     assert type(plan).from_entries(plan.entries()) == plan
 
 
-@pytest.mark.parametrize(("head", "also"), [(False, "attention"), (True, "everything")])
-def test_the_head_is_a_choice_of_its_own(head, also):
-    plan = plan_of({OTHERS: Candidate(form="8-bit", head=head)}, "cpu")
+@pytest.mark.parametrize(("units", "also"), [([OTHERS], "attention"), ([HEAD], "head"), ([OTHERS, HEAD], "everything")])
+def test_the_head_is_a_choice_of_its_own(units, also):
+    plan = plan_of(dict.fromkeys(units, Candidate(form="8-bit")), "cpu")
     assert plan.entries()[-1] == {"quantize-ffn": {"blocks": "none", "form": "nbits", "also": also}}
+    other = plan_of({1: Candidate(form="4-bit"), **dict.fromkeys(units, Candidate(form="8-bit"))}, "cpu")
+    assert other.entries()[-2:] == [plan.entries()[-1], {"quantize-ffn": {"blocks": "1", "bits": 4}}]
 
 
 def test_few_feeds_that_scatter_leave_more_room_than_many():

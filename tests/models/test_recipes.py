@@ -19,6 +19,7 @@ from ffnfold.graph.ffn import find_ffn_blocks
 from ffnfold.graph.model import Model
 from ffnfold.models import gemma3, minilm, text, vit_s
 from ffnfold.models.download import Wheel, file_sha256
+from ffnfold.models.pictures import PICTURES
 from ffnfold.models.recipe import Recipe, require
 from ffnfold.runtime import compare, load_feeds
 from ffnfold.runtime.specs import input_specs
@@ -34,13 +35,14 @@ def wheels() -> Iterator[Wheel]:
             for each in value if isinstance(value, tuple) else (value,):
                 if isinstance(each, Wheel):
                     yield each
+    yield from (pictures.wheel for pictures in PICTURES)
 
 
 @every_recipe
 def test_what_a_recipe_is_made_from_is_pinned(recipe):
     listed = json.dumps(recipe.sources())
     assert re.findall(r"[\w.-]+==[\w.]+", listed)
-    digests = re.findall(r'"(?:sha256|[\w.]+\.(?:png|jpg))": "(\w+)"', listed)
+    digests = re.findall(r'"sha256": "(\w+)"', listed)
     assert digests
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
 
@@ -54,12 +56,23 @@ def test_every_wheel_is_pinned():
     assert len({wheel.sha256 for wheel in found}) == len(found)
 
 
-def test_no_image_is_in_two_parts():
-    images = vit_s.sources()["images"]["files"]
-    assert set(images) == set(PARTS)
-    assert all(images.values())
-    for kind in (lambda part: set(images[part]), lambda part: set(images[part].values())):
-        assert sum(len(kind(part)) for part in PARTS) == len(set().union(*map(kind, PARTS)))
+def pictures(part: str) -> list[tuple[str, str]]:
+    """Of each picture of a part, the name of its feeds and the SHA-256 of the file."""
+    return [(name, file["sha256"]) for package in vit_s.sources()["pictures"] for name, file in package.get(part, {}).items()]
+
+
+def test_no_picture_is_there_twice():
+    names, digests = zip(*(picture for part in PARTS for picture in pictures(part)), strict=True)
+    assert len(set(names)) == len(set(digests)) == len(names)
+
+
+def test_there_are_enough_pictures_to_choose_by():
+    """Plans that kept their limit on three pictures missed it on others."""
+    assert [len(pictures(part)) for part in PARTS] == [25, 12, 5]
+
+
+def test_every_package_of_pictures_has_a_licence():
+    assert all(package["licence"] for package in vit_s.sources()["pictures"])
 
 
 def test_no_article_is_in_two_parts():

@@ -72,6 +72,8 @@ class LinearizeFFN(BlockPass):
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
     heal: bool = field(default=True, metadata={"help": "fit the down projections of blocks that stay anew, to undo errors"})
+    refine: int = field(default=4, metadata={
+        "help": "how often gradient descent goes through the tokens to move the neurons of those blocks"})
 
     coverage: float = field(default=1.0, metadata={"help": "of fit=neuron: part of the tokens that a line is fitted to"})
     spread: Literal["uniform", "sensitivity"] = field(default="sensitivity", metadata={
@@ -80,6 +82,8 @@ class LinearizeFFN(BlockPass):
     def __post_init__(self) -> None:
         if self.vary < 0:
             raise ValueError(f"vary={self.vary}: copies cannot be fewer than none")
+        if self.refine < 0:
+            raise ValueError(f"refine={self.refine}: it cannot go through the tokens less than not at all")
         if not LEVELS[0] <= self.coverage <= 1:
             raise ValueError(f"coverage={self.coverage} must be from {LEVELS[0]:g} to 1")
         if self.coverage != 1 and self.fit != "neuron":
@@ -110,14 +114,12 @@ class LinearizeFFN(BlockPass):
             context = dataclasses.replace(context, streams=streams)
             if not self.heal or self.target == "block":
                 return super().run(model, context)
-            healer = Healer(model, context, self.blocks, self.weight)
+            healer = Healer(model, context, self.blocks, self.weight, self.refine)
             result = super().run(model, dataclasses.replace(context, memo={**context.memo, _HEALER: healer}))
             healer.rest()
         if not healer.healed:
             return result
-        note = (f"the down projections of blocks {Blocks(tuple(healer.healed))} were fitted anew, to make good what the affine "
-                "blocks before them do wrong (heal=false leaves them)")
-        return dataclasses.replace(result, notes=(*result.notes, note))
+        return dataclasses.replace(result, notes=(*result.notes, healer.note()))
 
     def _coverage(self, model: Model, context: Context) -> dict[str, Array] | Refused:
         assert context.choose is not None

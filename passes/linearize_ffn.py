@@ -11,7 +11,6 @@ import numpy.typing as npt
 from ..graph.block import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .blocks import Blocks
 from .fitting.affine_map import fit_map, input_evidence, put_map, why_no_map
 from .fitting.damage import FEEDS, why_blind
 from .fitting.evidence import Streams

@@ -64,8 +64,8 @@ class Healer:
     def note(self) -> str:
         """What was done to which blocks, a sentence."""
         moved = f" and the neurons of blocks {Blocks(tuple(self.moved))} were moved" if self.moved else ""
-        return (f"the down projections of blocks {Blocks(tuple(self.healed))} were fitted anew{moved}, to make good what the affine "
-                "blocks before them do wrong (heal=false leaves them)")
+        return (f"the down projections of blocks {Blocks(tuple(self.healed))} were fitted anew{moved}, to make good what the "
+                "affine blocks before them do wrong (heal=false leaves them)")
 
     def _heal(self, index: int, block: FFNBlock) -> None:
         if not self.began or not _can(self._model, block):

@@ -165,8 +165,9 @@ def test_projections_that_did_not_move_are_those_of_the_block(tmp_path, monkeypa
         return dataclasses.replace(fit, projections=_projections(block, fit, _narrow(block, fit, activation).matrices)), ""
 
     monkeypatch.setattr(moved, "refined", as_they_are)
-    (still, _), (model, [result]) = (rewrite(stack(form), tmp_path, f"linearize-ffn:blocks=0,refine={refine}", fit=feeds(form, 20))
-                                     for refine in (0, 1))
+    plan = "linearize-ffn:blocks=0"
+    still, _ = rewrite(stack(form), tmp_path, f"{plan},refine=0", fit=feeds(form, 20))
+    model, [result] = rewrite(stack(form), tmp_path, f"{plan},refine=1", fit=feeds(form, 20))
     assert "were moved" in result.notes[0]
     [x] = feeds(form, 1)
     assert np.abs(run(still, x)["y"] - run(model, x)["y"]).max() < 1e-5
@@ -226,7 +227,7 @@ def test_columns_that_another_block_reads_stay(tmp_path):
     s.op("Split", s.linear(s.norm(first, D), D, FF + 4), s.weight(np.array([FF, 4])), out=["up", "rest"], axis=-1)
     s.op("Identity", "rest", out=s.output("other"))
     s.op("Add", first, s.linear(s.activation("gelu", "up"), FF, D), out=s.output("y"))
-    model, [result] = rewrite(s, tmp_path, "linearize-ffn:blocks=0,refine=2", fit=FIT)
+    _, [result] = rewrite(s, tmp_path, "linearize-ffn:blocks=0,refine=2", fit=FIT)
     assert (result.fired, "moved" in result.notes[0]) == (1, False)
 
 

@@ -113,12 +113,20 @@ def convolved(s: Sketch, x: str) -> str:
     return s.op("Conv", s.activation("gelu", up), down, s.weight(s.numbers(D, scale=0.3)))
 
 
+def behind(s: Sketch, x: str) -> str:
+    """The bias of the down projection comes when the tokens are no longer in one row."""
+    flat = s.op("Reshape", x, s.weight(np.array([-1, D])))
+    y = s.linear(s.activation("gelu", s.linear(flat, D, FF)), FF, D, bias=False)
+    return s.op("Add", s.op("Reshape", y, s.op("Shape", x)), s.weight(s.numbers(D, scale=0.3)))
+
+
 FORMS: dict[str, Callable[[Sketch, str], str]] = {
     "plain": lambda s, x: s.ffn(s.norm(x, D), D, FF, activation="gelu"),
     "no bias": lambda s, x: s.ffn(s.norm(x, D), D, FF, activation="silu", gated=True, bias=False),
     "halves": lambda s, x: fused(s, s.norm(x, D), "halves"),
     "turns": lambda s, x: fused(s, s.norm(x, D), "turns"),
     "turned": lambda s, x: turned(s, s.norm(x, D)),
+    "behind": lambda s, x: behind(s, s.norm(x, D)),
     "convolved": convolved,
 }
 
@@ -234,3 +242,16 @@ def test_columns_that_another_block_reads_stay(tmp_path):
 def test_less_than_no_descent(tmp_path):
     with pytest.raises(InputError, match="refine=-1"):
         rewrite(transformer(2), tmp_path, "linearize-ffn:refine=-1", fit=FIT)
+
+
+def test_weights_with_an_axis_for_experts_stay(tmp_path):
+    """Though there is one expert: its matrices are no matrices."""
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    first = s.op("Add", x, s.ffn(s.norm(x, D), D, FF))
+    hidden = s.activation("gelu", s.op("MatMul", s.norm(first, D), s.weight(s.numbers(D, FF)[None])))
+    s.op("Add", first, s.op("MatMul", hidden, s.weight(s.numbers(FF, D)[None])), out=s.output("y"))
+    model, [result] = rewrite(s, tmp_path, "linearize-ffn:blocks=0", fit=FIT)
+    assert (result.fired, result.notes) == (1, ())
+    [block], before = numbers(model).values(), numbers(Model.load(tmp_path / "before.onnx"))[1]
+    assert all(map(np.array_equal, block, before))

@@ -52,8 +52,9 @@ class LinearizeFFN(BlockPass):
     also the residual (post-LN), the map takes the residual Add in: ``x + x A + c = x (A + I) + c``.
 
     With ``heal`` the blocks that stay, behind the first that is made affine, make good what they can of its error: the numbers
-    of their down projections are fitted anew, towards the original stream, where tokens held out say that it helps (see
-    :mod:`heal`). Their shapes and their work stay.
+    of their down projections are fitted anew, towards the original stream, and then their neurons moved by gradient descent on
+    the block alone, ``refine`` times through its tokens, each where tokens held out say that it helps (see :mod:`heal`). Their
+    shapes and their work stay.
 
     Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, on weights that the caller may
     override, where the feeds bring fewer tokens than the block has inputs (``fit=affine``), or with ``spread=sensitivity`` where

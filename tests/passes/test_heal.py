@@ -255,3 +255,12 @@ def test_weights_with_an_axis_for_experts_stay(tmp_path):
     assert (result.fired, result.notes) == (1, ())
     [block], before = numbers(model).values(), numbers(Model.load(tmp_path / "before.onnx"))[1]
     assert all(map(np.array_equal, block, before))
+
+
+def test_integer_weights_stay(tmp_path):
+    s = transformer(3, D, FF, activation="gelu")
+    (tmp_path / "first").mkdir()
+    whole, _ = rewrite(s, tmp_path / "first", "quantize-ffn:blocks=2", fit=FIT)
+    model, [_, result] = rewrite(s, tmp_path, "quantize-ffn:blocks=2", "linearize-ffn:blocks=0", fit=FIT)
+    assert "down projections of blocks 1 were fitted anew" in result.notes[0]
+    assert all(map(np.array_equal, numbers(model)[1], numbers(whole)[2]))

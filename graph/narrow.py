@@ -27,7 +27,7 @@ _RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 def why_not_narrow(block: FFNBlock) -> str | None:
     """Why ``block`` cannot be cut to some of its neurons; None where it can."""
-    if block.experts != 1 or any(linear.gathered for linear in block.linears()):
+    if block.experts != 1 or any(linear.gathered or linear.packed for linear in block.linears()):
         return "its experts are packed in one weight"
     if block.quantized:
         return "its weights are stored as integers: run this pass before the one that quantizes"

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from ..graph.block import FFNBlock
 from ..graph.model import Model
 from .base import BlockPass, Context, PassResult, Refused, Rewritten
-from .blocks import Blocks
 from .fitting.affine_map import fit_map, input_evidence, put_map, why_no_map
 from .fitting.damage import FEEDS, why_blind
 from .fitting.evidence import Streams
@@ -53,8 +52,9 @@ class LinearizeFFN(BlockPass):
     also the residual (post-LN), the map takes the residual Add in: ``x + x A + c = x (A + I) + c``.
 
     With ``heal`` the blocks that stay, behind the first that is made affine, make good what they can of its error: the numbers
-    of their down projections are fitted anew, towards the original stream, where tokens held out say that it helps (see
-    :mod:`heal`). Their shapes and their work stay.
+    of their down projections are fitted anew, towards the original stream, and then their neurons moved by gradient descent on
+    the block alone, ``refine`` times through its tokens, each where tokens held out say that it helps (see :mod:`heal`). Their
+    shapes and their work stay.
 
     Does not fire on blocks inside subgraphs (nothing can be measured there), on packed experts, on weights that the caller may
     override, where the feeds bring fewer tokens than the block has inputs (``fit=affine``), or with ``spread=sensitivity`` where
@@ -72,6 +72,8 @@ class LinearizeFFN(BlockPass):
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
     heal: bool = field(default=True, metadata={"help": "fit the down projections of blocks that stay anew, to undo errors"})
+    refine: int = field(default=4, metadata={
+        "help": "how often gradient descent goes through the tokens to move the neurons of those blocks"})
 
     coverage: float = field(default=1.0, metadata={"help": "of fit=neuron: part of the tokens that a line is fitted to"})
     spread: Literal["uniform", "sensitivity"] = field(default="sensitivity", metadata={
@@ -80,6 +82,8 @@ class LinearizeFFN(BlockPass):
     def __post_init__(self) -> None:
         if self.vary < 0:
             raise ValueError(f"vary={self.vary}: copies cannot be fewer than none")
+        if self.refine < 0:
+            raise ValueError(f"refine={self.refine}: it cannot go through the tokens less than not at all")
         if not LEVELS[0] <= self.coverage <= 1:
             raise ValueError(f"coverage={self.coverage} must be from {LEVELS[0]:g} to 1")
         if self.coverage != 1 and self.fit != "neuron":
@@ -110,14 +114,12 @@ class LinearizeFFN(BlockPass):
             context = dataclasses.replace(context, streams=streams)
             if not self.heal or self.target == "block":
                 return super().run(model, context)
-            healer = Healer(model, context, self.blocks, self.weight)
+            healer = Healer(model, context, self.blocks, self.weight, self.refine)
             result = super().run(model, dataclasses.replace(context, memo={**context.memo, _HEALER: healer}))
             healer.rest()
         if not healer.healed:
             return result
-        note = (f"the down projections of blocks {Blocks(tuple(healer.healed))} were fitted anew, to make good what the affine "
-                "blocks before them do wrong (heal=false leaves them)")
-        return dataclasses.replace(result, notes=(*result.notes, note))
+        return dataclasses.replace(result, notes=(*result.notes, healer.note()))
 
     def _coverage(self, model: Model, context: Context) -> dict[str, Array] | Refused:
         assert context.choose is not None

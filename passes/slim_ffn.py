@@ -24,9 +24,9 @@ from .fitting.evidence import Evidence, Streams
 from .fitting.kept_rows import KeptRows
 from .fitting.less_work import Weights, why_no_less
 from .fitting.measure import unmeasurable
+from .fitting.moved import moved
 from .fitting.neuron_fit import Features, NeuronFit, choose_ridge, keep_rows, refit
 from .fitting.neuron_selection import Indices, Select, elimination, select_neurons
-from .fitting.refinement import refined
 from .fitting.spread import Curve, allocate, widths_to_try
 from .fitting.widths import Width, parse_widths
 
@@ -218,26 +218,17 @@ class SlimFFN(BlockPass):
 
     def _refined(self, block: FFNBlock, evidence: Evidence, fit: NeuronFit, keep: KeptRows, context: Context) -> NeuronFit:
         """``fit`` with its neurons moved, where that helps; why not is kept for :meth:`run`."""
-        held = None if context.resume is None else context.resume.load_arrays()
-        if held is not None:
-            fit, reason = NeuronFit.of_arrays(held), str(held["reason"])
-        else:
-            reason = "no token is held out"
-            if evidence.fit.rows and evidence.held_out.rows:
-                everything = self._features(block, evidence)
-                alone = Features.of(evidence.fit, everything.prior, everything.inputs)
-                start = refit(alone, fit.neurons, fit.ridge, fit.error)
-                fit, reason = refined(block, start, fit, keep, self.refine,
-                                      lambda message: context.progress(f"{self.name}: block {block.index}, {message}"))
-            if context.resume is not None:
-                context.resume.save_arrays({**fit.to_arrays(), "reason": np.asarray(reason)})
+        fit, reason = moved(block, evidence, self._prior(block), fit, keep, self.refine, context,
+                            f"{self.name}: block {block.index}")
         context.memo.setdefault(_UNMOVED, {})[block.index] = reason
         return fit
 
     def _features(self, block: FFNBlock, evidence: Evidence, neurons: bool = True) -> Features:
+        return Features.of(evidence.everything(), self._prior(block, neurons), block.d_model if self.maps(block) else 0)
+
+    def _prior(self, block: FFNBlock, neurons: bool = True) -> Array:
         inputs = block.d_model if self.maps(block) else 0
-        prior = np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
-        return Features.of(evidence.everything(), prior, inputs)
+        return np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
 
     def survivors(self, block: FFNBlock, evidence: Evidence, widths: list[int]) -> dict[int, Indices]:
         """The neurons that stay at each of ``widths``, from one elimination."""

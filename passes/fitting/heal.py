@@ -3,8 +3,9 @@
     y = h V + b   →   y = h V' + b',    V' = argmin Σ_t w_t ‖t_t − h_t V' − b'‖² + λ Σ_i var(h_i) ‖V'_i − V_i‖²
 
 h are all the neurons of a block that nothing else is done to, t what brings the residual stream back to where the original model
-has it (``target=stream`` in :mod:`evidence`). Shapes and work stay what they are: only the numbers of the down projection change,
-and those only where tokens that are held out say that it helps.
+has it (``target=stream`` in :mod:`evidence`). Then the neurons themselves are moved by gradient descent on the block alone, down,
+up and gate together (:mod:`refinement`), where all of these are the block's own. Shapes and work stay what they are: only numbers
+change, and those only where tokens that are held out say that it helps.
 
 Source: docs/approximations.md; the least squares of STAT, arXiv 2406.00061, with no neuron left out.
 """
@@ -14,8 +15,6 @@ from __future__ import annotations
 import numpy as np
 
 from ...graph.block import FFNBlock
-from ...graph.builder import Builder
-from ...graph.edit import producer, remove_dead, take_over
 from ...graph.model import Model
 from ...graph.narrow import why_not_narrow
 from ..base import Context
@@ -23,7 +22,11 @@ from ..blocks import Blocks
 from ..exact.sharing import is_shared
 from .bypass import is_pure_branch
 from .evidence import Evidence
+from .kept_rows import KeptRows
+from .less_work import shown_inside
+from .linear_tasks import put_matrices
 from .measure import unmeasurable
+from .moved import moved
 from .neuron_fit import Features, NeuronFit, choose_ridge, refit
 
 _WORTH = 0.99  # of the error as it is, which tokens held out must have less than
@@ -36,15 +39,17 @@ class Healer:
         context: with ``streams``, which the pass goes through too.
         chosen: the blocks that the pass rewrites, or would.
         weight: how tokens are weighted.
+        refine: how often the descent goes through the tokens; 0: not at all.
     """
 
-    def __init__(self, model: Model, context: Context, chosen: Blocks, weight: str) -> None:
-        self._model, self._context, self._weight = model, context, weight
+    def __init__(self, model: Model, context: Context, chosen: Blocks, weight: str, refine: int) -> None:
+        self._model, self._context, self._weight, self._refine = model, context, weight, refine
         there = context.ledger.blocks
         self._order = {index: place for place, index in enumerate(there)}
         self._waiting = [(index, block) for index, block in there.items() if index not in chosen]
         self.began = False
         self.healed: list[int] = []
+        self.moved: list[int] = []
 
     def before(self, index: int) -> None:
         """Heal what runs before block ``index``, which comes next."""
@@ -56,18 +61,32 @@ class Healer:
         while self._waiting:
             self._heal(*self._waiting.pop(0))
 
+    def note(self) -> str:
+        """What was done to which blocks, a sentence."""
+        moved = f" and the neurons of blocks {Blocks(tuple(self.moved))} were moved" if self.moved else ""
+        return (f"the down projections of blocks {Blocks(tuple(self.healed))} were fitted anew{moved}, to make good what the "
+                "affine blocks before them do wrong (heal=false leaves them)")
+
     def _heal(self, index: int, block: FFNBlock) -> None:
         if not self.began or not _can(self._model, block):
             return
         block.settle()
         self._context.progress(f"healing block {index}")
-        assert self._context.streams is not None
-        evidence = self._context.streams.evidence(block, inputs=False, neurons=True, weight=self._weight, target="stream")
+        streams = self._context.streams
+        assert streams is not None
+        rows = KeptRows(streams.feeds) if self._refine and _can_move(block) else None
+        evidence = streams.evidence(block, inputs=False, neurons=True, weight=self._weight, target="stream", keep=rows)
         fit = better_down(block, evidence)
-        if fit is not None:
-            put_down(self._model, block, fit)
-            self._context.streams.rewritten(block.output.name)
-            self.healed.append(index)
+        if fit is None:
+            return
+        if rows is not None:
+            prior = block.down.weight().astype(np.float64)
+            fit, _ = moved(block, evidence, prior, fit, rows, self._refine, self._context, f"healing block {index}")
+        put_healed(self._model, block, fit)
+        streams.rewritten(block.output.name)
+        self.healed.append(index)
+        if fit.projections:
+            self.moved.append(index)
 
 
 def better_down(block: FFNBlock, evidence: Evidence) -> NeuronFit | None:
@@ -84,15 +103,36 @@ def better_down(block: FFNBlock, evidence: Evidence) -> NeuronFit | None:
     return refit(Features.of(evidence.everything(), prior, 0), neurons, ridge, error)
 
 
-def put_down(model: Model, block: FFNBlock, fit: NeuronFit) -> None:
-    """``h V + c`` in the place of the down projection."""
-    build = Builder(model, block.graph, block.name, block.down.linear.onnx_type)
-    old = producer(block.output)
-    take_over(block.output, build.linear(block.hidden, fit.matrix, fit.offset, axis=block.axis, hint="healed_down"))
-    remove_dead(block.graph, [old] if old is not None else [])
+def put_healed(model: Model, block: FFNBlock, fit: NeuronFit) -> None:
+    """``h V + c`` in the place of the down projection, and what was moved in that of the other linears."""
+    if fit.projections:
+        _put_projections(model, block, fit)
+    down = block.down
+    own = fit.offset - sum((extra().reshape(-1).astype(np.float64) for extra in down.extra_bias), np.zeros(block.d_out))
+    put_matrices(model, block, down.linear, [fit.matrix], own)
+
+
+def _put_projections(model: Model, block: FFNBlock, fit: NeuronFit) -> None:
+    """Up and gate as they were moved; columns of their linears that the block does not use stay."""
+    whole = {id(leaf.linear): (leaf.linear, leaf.linear.weight().astype(np.float32),
+                               None if leaf.linear.bias is None else leaf.linear.bias().astype(np.float32))
+             for leaf in block.region.leaves}
+    for leaf, (matrix, bias) in zip(block.region.leaves, fit.projections, strict=True):
+        _, weight, own = whole[id(leaf.linear)]
+        columns = slice(None) if leaf.columns is None else leaf.columns
+        weight[:, columns] = matrix
+        if own is not None:
+            own[columns] = bias
+    for linear, weight, own in whole.values():
+        put_matrices(model, block, linear, [weight], own)
 
 
 def _can(model: Model, block: FFNBlock) -> bool:
     """Whether the down projection of ``block`` is its own to change, and the residual stream can be measured behind it."""
     return (why_not_narrow(block) is None and unmeasurable(model, block) is None and is_pure_branch(block)
             and block.down.linear.axis == block.axis and not is_shared(block.down.linear))
+
+
+def _can_move(block: FFNBlock) -> bool:
+    """Whether all its linears are its own to change, and nothing else reads what they give."""
+    return not shown_inside(block) and not any(is_shared(linear) for linear in block.linears())

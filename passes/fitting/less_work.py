@@ -25,7 +25,7 @@ _NAMED = 3  # reasons that a note names
 
 def why_no_less(block: FFNBlock, width: int, affine: bool) -> str | None:
     """Why ``block`` with ``width`` of its neurons, and an ``affine`` map beside them or none, is no less work; else None."""
-    shown = _shown(block)
+    shown = shown_inside(block)
     work = width * (len(block.region.leaves) * block.d_model + block.d_out) + affine * block.d_model * block.d_out
     work += sum(linear.d_in * linear.d_out for linear in _staying(block, shown))
     before = block.macs_per_token
@@ -43,7 +43,7 @@ def _inside(block: FFNBlock) -> list[gs.Node]:
     return list({id(node): node for node in nodes}.values())
 
 
-def _shown(block: FFNBlock) -> list[gs.Tensor]:
+def shown_inside(block: FFNBlock) -> list[gs.Tensor]:
     """The values inside ``block`` that something else reads, or that are outputs."""
     inside = _inside(block)
     own = {id(node) for node in inside}

@@ -57,7 +57,8 @@ def killed_at(text: str):
     return progress
 
 
-PLANS = pytest.mark.parametrize("plan", ["slim-ffn:keep=0.5,multiple=8", "linearize-ffn", "linearize-ffn:blocks=0",
+PLANS = pytest.mark.parametrize("plan", ["slim-ffn:keep=0.5,multiple=8", "linearize-ffn", "linearize-ffn:blocks=0,refine=0",
+                                         "linearize-ffn:blocks=0,refine=2",
                                          "remove-ffn:keep=rank",
                                          "slim-ffn:keep=0.5,multiple=8,spread=sensitivity"])
 

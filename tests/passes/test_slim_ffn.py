@@ -313,3 +313,12 @@ def test_a_block_with_an_affine_map_beside_it_is_still_a_block_to_later_passes(t
     assert {each.dtype for each in model.graph.tensors().values() if isinstance(each, gs.Constant)} >= {np.dtype(np.int8)}
     assert widths(model) == [8, 8]
     assert np.isfinite(run(model, X)["y"]).all()
+
+
+def test_one_expert_in_a_packed_weight(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", D])
+    hidden = s.activation("gelu", s.op("MatMul", s.norm(x, D), s.weight(s.numbers(D, FF)[None])))
+    s.op("Add", x, s.op("MatMul", hidden, s.weight(s.numbers(FF, D)[None])), out=s.output("y"))
+    _, [result] = rewrite(s, tmp_path, "slim-ffn:keep=8,multiple=8", fit=FIT)
+    assert (result.fired, [each.reason for each in result.refused]) == (0, ["its experts are packed in one weight"])

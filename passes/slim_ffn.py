@@ -57,7 +57,8 @@ class SlimFFN(BlockPass):
 
     Blocks are fitted in order of execution on what the rewritten blocks before them give, towards what the original model
     has there (``target=stream``: the original residual stream; ``target=block``: the block's own output). Tokens are
-    weighted by the inverse of their size in front of the next norm (``weight=auto``).
+    weighted by the inverse of their size in front of the next norm (``weight=auto``). With ``select=greedy`` and ``refit=ridge``
+    channels count by the gain of that norm where nothing else reads the sum (post-LN; see :mod:`read_metric`).
 
     Does not fire on packed experts, integer weights, blocks with a norm over their neurons or an activation fused into a
     projection, weights that the caller may override, blocks inside subgraphs (nothing can be measured there), or where there
@@ -205,30 +206,33 @@ class SlimFFN(BlockPass):
         found = context.fits.load(block, kind) if context.fits is not None else None
         if found is None:
             keep = KeptRows(context.streams.feeds) if self.refine and self.refit == "ridge" and width else None
+            as_read = self.refit == "ridge" and self.select == "greedy"
             evidence = context.streams.evidence(block, inputs=self.maps(block), neurons=width > 0, weight=self.weight,
-                                                target=self.target, keep=keep)
+                                                target=self.target, keep=keep, as_read=as_read)
             if not evidence.rows:
                 return evidence.finite.why_none(block.input.name)
-            found = self.fit(block, evidence, width)
+            found = self._fit(block, evidence, width)
             if keep is not None:
                 found = self._refined(block, evidence, found, keep, context)
+            found = found if evidence.metric is None else evidence.metric.out_of(found)
         if context.fits is not None:
             context.fits.save(block, kind, found)
         return found
 
     def _refined(self, block: FFNBlock, evidence: Evidence, fit: NeuronFit, keep: KeptRows, context: Context) -> NeuronFit:
         """``fit`` with its neurons moved, where that helps; why not is kept for :meth:`run`."""
-        fit, reason = moved(block, evidence, self._prior(block), fit, keep, self.refine, context,
+        fit, reason = moved(block, evidence, self._prior(block, evidence), fit, keep, self.refine, context,
                             f"{self.name}: block {block.index}")
         context.memo.setdefault(_UNMOVED, {})[block.index] = reason
         return fit
 
     def _features(self, block: FFNBlock, evidence: Evidence, neurons: bool = True) -> Features:
-        return Features.of(evidence.everything(), self._prior(block, neurons), block.d_model if self.maps(block) else 0)
+        return Features.of(evidence.everything(), self._prior(block, evidence, neurons), block.d_model if self.maps(block) else 0)
 
-    def _prior(self, block: FFNBlock, neurons: bool = True) -> Array:
+    def _prior(self, block: FFNBlock, evidence: Evidence, neurons: bool = True) -> Array:
         inputs = block.d_model if self.maps(block) else 0
-        return np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
+        prior = np.concatenate([np.zeros((inputs, block.d_out)), *([block.down.weight().astype(np.float64)] if neurons else [])])
+        return prior if evidence.metric is None else evidence.metric.into(prior)
 
     def survivors(self, block: FFNBlock, evidence: Evidence, widths: list[int]) -> dict[int, Indices]:
         """The neurons that stay at each of ``widths``, from one elimination."""
@@ -240,6 +244,11 @@ class SlimFFN(BlockPass):
 
         With none ``evidence`` may be of the inputs alone.
         """
+        found = self._fit(block, evidence, width, neurons)
+        return found if evidence.metric is None else evidence.metric.out_of(found)
+
+    def _fit(self, block: FFNBlock, evidence: Evidence, width: int, neurons: Indices | None = None) -> NeuronFit:
+        """The same in the metric of ``evidence``."""
         known = len(evidence.fit.widths or evidence.held_out.widths) > (2 if self.maps(block) else 1)
         everything = self._features(block, evidence, neurons=known)
         prior, inputs = everything.prior, everything.inputs

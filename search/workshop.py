@@ -73,7 +73,8 @@ class Workshop:
             streams = stack.enter_context(Streams(self.base, context))
             for unit in [index for index in self.blocks if index in units]:
                 self.progress(f"moments of block {unit}")
-                yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=True, weight="auto", target="stream")
+                yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=True, weight="auto", target="stream",
+                                             as_read=True)
 
     def fit(self, unit: int, form: Candidate, evidence: Evidence) -> NeuronFit:
         """What ``slim-ffn`` would put in the place of a block; neurons for all widths leave in one go."""

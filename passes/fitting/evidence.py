@@ -33,6 +33,7 @@ from .branch import branch_of
 from .bypass import is_pure_branch
 from .kept_rows import KeptRows
 from .measure import Finite
+from .read_metric import ReadMetric, read_metric
 from .stream import Stream
 from .token_weights import has_branch_norm, token_weights, weight_values
 from .varied_feeds import varied
@@ -52,12 +53,14 @@ class Evidence:
         fit, held_out: over tokens to fit on, and over others that choose.
         beside: over varied copies of the tokens held out, which therefore choose nothing.
         finite: how many tokens there were, those left out included.
+        metric: what t went through, where its channels do not all count alike.
     """
 
     fit: Scatter
     held_out: Scatter
     beside: Scatter
     finite: Finite = field(default_factory=Finite)
+    metric: ReadMetric | None = None
 
     @property
     def rows(self) -> int:
@@ -66,7 +69,8 @@ class Evidence:
 
     def without_inputs(self) -> Evidence:
         """Of the groups after the first alone."""
-        return Evidence(self.fit.without_first(), self.held_out.without_first(), self.beside.without_first(), self.finite)
+        return Evidence(self.fit.without_first(), self.held_out.without_first(), self.beside.without_first(), self.finite,
+                        self.metric)
 
     def everything(self) -> Scatter:
         """All together."""
@@ -113,7 +117,7 @@ class Streams:
         self._now.forget(name)
 
     def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
-                 more: Sequence[gs.Tensor] = (), keep: KeptRows | None = None) -> Evidence:
+                 more: Sequence[gs.Tensor] = (), keep: KeptRows | None = None, as_read: bool = False) -> Evidence:
         """Go through the feeds once.
 
         Args:
@@ -121,14 +125,17 @@ class Streams:
             weight: how tokens are weighted (see :mod:`token_weights`).
             more: values with their features where the block has them, whose features come behind those.
             keep: takes the inputs, the targets and the weights themselves (of varied copies what is fitted to alone).
+            as_read: t goes through the metric of what reads it (see :mod:`read_metric`), where there is one.
         """
         kept = None if self._resume is None else self._resume.load(3)
         found = Evidence(kept[0], kept[1], kept[2]) if kept else Evidence(Scatter(), Scatter(), Scatter())
+        found.metric = metric = read_metric(block) if as_read else None
         few = self._real < HELD_OUT
         gathered = self._rows(block, inputs or keep is not None, neurons, weight, target, more)
         for number, (features, y, t, weights) in enumerate(gathered):
             if kept and keep is None and found.rows:
                 continue
+            t = t if metric is None else metric.into(t)
             good = found.finite(t, weights, *features)
             position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
             held = position % HELD_OUT == HELD_OUT - 1

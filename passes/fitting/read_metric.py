@@ -27,7 +27,7 @@ from ...graph.residual import SKIP_NORMS
 from .neuron_fit import NeuronFit
 
 Array = npt.NDArray[Any]
-_ALIKE = 0.05  # α
+_ALIKE = 0.25  # α
 _SUM = 3  # the output of a SkipLayerNormalization that is the sum in front of the norm
 _NODES = 12  # a norm that is written out has at most so many
 
@@ -74,7 +74,7 @@ def _only_reader(graph: gs.Graph, join: gs.Node) -> Norm | None:
     total = join.outputs[0]
     if is_output(graph, total):
         return None
-    pending, seen = consumers(total), []
+    pending, seen = consumers(total), list[gs.Node]()
     while pending and len(seen) < _NODES:
         node = pending.pop(0)
         if any(node is each for each in seen):

@@ -48,7 +48,7 @@ def test_channels_count_by_the_gain_of_the_norm_behind(tmp_path, kind):
     metric = metric_of(post_norm(kind), tmp_path)
     assert metric is not None
     squares = GAIN.astype(np.float64) ** 2
-    np.testing.assert_allclose(metric.root ** 2, 0.95 * squares / squares.mean() + 0.05, rtol=1e-6)
+    np.testing.assert_allclose(metric.root ** 2, 0.75 * squares / squares.mean() + 0.25, rtol=1e-6)
 
 
 def test_where_something_else_reads_the_sum_all_count_alike(tmp_path):
@@ -72,14 +72,22 @@ def test_what_went_in_comes_out():
     np.testing.assert_allclose(found.affine, rows[:3])
 
 
-@pytest.mark.parametrize("options", ["affine=false", "affine=true"])
-def test_neurons_go_to_what_is_read(tmp_path, monkeypatch, options):
-    s = post_norm()
+def test_neurons_that_feed_what_is_read_stay(tmp_path, monkeypatch):
+    s = Sketch()
+    x = s.norm(s.input("x", ["batch", "tokens", D]), D)
+    down = s.numbers(FF, D)
+    down[:FF // 2, ::2] = 0  # the first half of the neurons feeds what is read, the others the rest
+    down[FF // 2:, 1::2] = 0
+    hidden = s.op("Relu", s.op("MatMul", x, s.weight(s.numbers(D, FF))))
+    branch = s.op("MatMul", hidden, s.weight(down))
+    gains = np.where(np.arange(D) % 2, 1, 0.02).astype(np.float32)
+    s.op("LayerNormalization", s.op("Add", x, branch), s.weight(gains), s.weight(s.numbers(D)), axis=-1, epsilon=1e-5,
+         out=s.output("y"))
     before, lost = run(s.model(), X), {}
     for how in ("as read", "all alike"):
         if how == "all alike":
             monkeypatch.setattr(evidence, "read_metric", lambda block: None)
-        model, [result] = rewrite(s, tmp_path, f"slim-ffn:keep=8,multiple=1,{options}", fit=FIT)
+        model, [result] = rewrite(s, tmp_path, f"slim-ffn:keep={FF // 2},multiple=1,affine=false,refine=0", fit=FIT)
         assert result.fired == 1
         lost[how] = drift(before, run(model, X))
-    assert lost["as read"] < 0.97 * lost["all alike"]
+    assert lost["as read"] < 0.9 * lost["all alike"]

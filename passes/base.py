@@ -171,15 +171,26 @@ class BlockPass(Pass):
         refused += [Refused(refusal.reason, refusal.value, index) for index in there]
         return self.result(0, sorted(refused, key=lambda each: -1 if each.block is None else each.block))
 
-    def run(self, model: Model, context: Context) -> PassResult:
-        """Rewrite the chosen blocks in place."""
-        ledger = context.ledger
-        there, refused = ledger.select(self.blocks, self.whole)
+    def able(self, context: Context, *, settled: bool = False) -> tuple[dict[int, FFNBlock], list[Refused]]:
+        """The blocks asked for that ``check`` says nothing against, by index, and why not the others.
+
+        Args:
+            settled: blocks are settled before they are checked.
+        """
+        there, refused = context.ledger.select(self.blocks, self.whole)
         for index, block in list(there.items()):
+            if settled:
+                block.settle()
             refusal = self.check(block)
             if refusal is not None:
                 refused.append(Refused(refusal.reason, refusal.value, index))
                 del there[index]
+        return there, refused
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Rewrite the chosen blocks in place."""
+        ledger = context.ledger
+        there, refused = self.able(context)
         chosen = self.choose(model, there, context) if there else []
         fired = 0
         for index in sorted(chosen, key=list(there).index):

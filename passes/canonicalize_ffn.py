@@ -49,13 +49,7 @@ class CanonicalizeFFN(BlockPass):
 
     def run(self, model: Model, context: Context) -> PassResult:
         """Re-emit the chosen blocks in place."""
-        there, refused = context.ledger.select(self.blocks)
-        for index, block in list(there.items()):
-            block.settle()
-            refusal = self.check(block)
-            if refusal is not None:
-                refused.append(Refused(refusal.reason, refusal.value, index))
-                del there[index]
+        there, refused = self.able(context, settled=True)
         weights = CanonicalWeights([linear for block in there.values() for linear in block.linears()], context.memo, self.all)
         fired = 0
         for index, block in there.items():

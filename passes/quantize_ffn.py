@@ -177,7 +177,7 @@ class QuantizeFFN(BlockPass):
 
     def _raced(self, model: Model, context: Context) -> PassResult:
         """The fastest form that is never slower than the input, done; or nothing."""
-        blocks, refused = self._able(context)
+        blocks, refused = self._free(context)
         units, others = self._units(model, blocks, context)
         refused += others
         if not units:
@@ -197,15 +197,9 @@ class QuantizeFFN(BlockPass):
         result = candidates[choice.form].run(model, context)
         return self.result(result.fired, result.refused, [*choice.notes, *result.notes])
 
-    def _able(self, context: Context) -> tuple[dict[int, FFNBlock], list[Refused]]:
+    def _free(self, context: Context) -> tuple[dict[int, FFNBlock], list[Refused]]:
         """The blocks asked for that can be quantized, by index, and why the others cannot."""
-        blocks, refused = context.ledger.select(self.blocks)
-        for index, block in list(blocks.items()):
-            block.settle()
-            refusal = self.check(block)
-            if refusal is not None:
-                refused.append(Refused(refusal.reason, refusal.value, index))
-                del blocks[index]
+        blocks, refused = self.able(context, settled=True)
         return self._apart(blocks, refused, context)
 
     def _apart(self, blocks: dict[int, FFNBlock], refused: list[Refused],
@@ -219,7 +213,7 @@ class QuantizeFFN(BlockPass):
 
     def _chosen(self, model: Model, context: Context) -> tuple[dict[int, FFNBlock], list[Refused]]:
         """The blocks to quantize, without those that ``keep_float`` leaves alone, and why the others are not among them."""
-        blocks, refused = self._able(context)
+        blocks, refused = self._free(context)
         if self.keep_float is None or not blocks:
             return blocks, refused
         worst = worst_blocks(model, dataclasses.replace(self, keep_float=None), blocks, self.keep_float, context)

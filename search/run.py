@@ -134,7 +134,7 @@ class Search:
 
     def _alone(self) -> None:
         wanted = self.unknown()
-        cheap = {unit: [each for each in several if not each.fitted] for unit, several in wanted.items()}
+        cheap = {unit: [each for each in several if not each.fitted] for unit, several in self._promising(wanted).items()}
         fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
         for part, share in ((cheap, _UNFITTED), (fitted, 1.0)):
             self._score({unit: several for unit, several in part.items() if several}, share)
@@ -146,6 +146,12 @@ class Search:
                     self.alone[unit, each] = found
             self.candidates[unit] = [KEEP, *(each for each in several if {(unit, part) for part in each.parts or (each,)}
                                              <= set(self.alone))]
+
+    def _promising(self, wanted: dict[int, list[Candidate]]) -> dict[int, list[Candidate]]:
+        """The same, units first whose forms save most time: where the budget is short, those are measured."""
+        most = {unit: max((self.saved.get((unit, each), 0.0) for each in several if not each.removed), default=0.0)
+                for unit, several in wanted.items()}
+        return {unit: wanted[unit] for unit in sorted(wanted, key=lambda unit: -most[unit])}
 
     def unknown(self) -> dict[int, list[Candidate]]:
         """Unit → candidates that were not measured alone."""

@@ -26,7 +26,7 @@ from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session, parse_limit
 from ffnfold.search import SearchJob, search_file
-from ffnfold.search.candidates import Candidate, plan_of
+from ffnfold.search.candidates import HEAD, OTHERS, Candidate, plan_of
 from ffnfold.search.front_models import FrontModels
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import weight_bytes
@@ -155,6 +155,15 @@ def test_the_last_block_has_its_part_of_the_time(monkeypatch):
     wanted = {unit: [Candidate(64 * width) for width in range(1, 8)] for unit in range(4)}
     search._score_here(wanted, 40.0, lambda unit, each, scored: measured.append(unit))
     assert [measured.count(unit) for unit in range(4)] == [4, 7, 5, 4]
+
+
+def test_units_that_save_most_are_measured_first():
+    search = Search.__new__(Search)
+    gone, int8 = Candidate(removed=True), Candidate(form="int8")
+    search.saved = {(0, int8): 0.1, (0, gone): 0.9, (1, int8): 0.1, (HEAD, int8): 0.4}
+    wanted = {0: [int8, gone], 1: [int8], OTHERS: [], HEAD: [int8]}
+    assert list(search._promising(wanted)) == [HEAD, 0, 1, OTHERS]
+    assert search._promising(wanted)[0] == wanted[0]
 
 
 def test_what_would_be_measured_is_said_and_nothing_written(model, feeds, tmp_path):

@@ -4,8 +4,9 @@
 
 h are all the neurons of a block that nothing else is done to, t what brings the residual stream back to where the original model
 has it (``target=stream`` in :mod:`evidence`). Then the neurons themselves are moved by gradient descent on the block alone, down,
-up and gate together (:mod:`refinement`), where all of these are the block's own. Shapes and work stay what they are: only numbers
-change, and those only where tokens that are held out say that it helps.
+up and gate together (:mod:`refinement`), where all of these are the block's own. The shapes of the weights stay what they are; a
+down projection without a bias gets one, and a Gemm is written as MatMul and Add. All only where tokens that are held out say that
+it helps.
 
 Source: docs/approximations.md; the least squares of STAT, arXiv 2406.00061, with no neuron left out.
 """

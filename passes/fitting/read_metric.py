@@ -5,9 +5,9 @@
 γ is the gain of that norm; what the norm divides by is left to the weights of tokens. Where the stream goes on beside the norm
 (pre-LN), too much else reads it, and all channels count alike.
 
-A least-squares fit of the down projection alone is the same in any such metric, as each of its columns is. Which neurons are
-worth most, and where they are moved to, is not. So targets and the rows of the down projection are multiplied by √g, and what
-was fitted is divided by it.
+A least-squares fit of the down projection alone is, for one λ, the same in any such metric, as each of its columns is. Which
+neurons are worth most, and where they are moved to, is not. So targets and the rows of the down projection are multiplied by
+√g, and what was fitted is divided by it.
 """
 
 from __future__ import annotations

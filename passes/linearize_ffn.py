@@ -119,7 +119,7 @@ class LinearizeFFN(BlockPass):
             healer.rest()
         if not healer.healed:
             return result
-        return dataclasses.replace(result, notes=(*result.notes, healer.note()))
+        return dataclasses.replace(result, notes=(*result.notes, *healer.notes()))
 
     def _coverage(self, model: Model, context: Context) -> dict[str, Array] | Refused:
         assert context.choose is not None

@@ -13,7 +13,7 @@ from .base import BlockPass, Context, PassResult, Refused
 from .int8.form_choice import NEVER_SLOWER, fastest_form, parse_shapes
 from .int8.keep_float import worst_blocks
 from .int8.linear_groups import block_groups
-from .int8.other_linears import other_groups
+from .int8.other_linears import NO_HEAD, other_groups
 from .int8.quantize_unit import Form, Recipe, quantize_units, smooth_units
 from .int8.units import Unit, doubled, tied, units_of
 from .int8.weight_codes import Rounding
@@ -127,10 +127,13 @@ class QuantizeFFN(BlockPass):
         """Quantize the chosen blocks, and the other linears where they are asked for."""
         if self.target == "auto":
             return self._raced(model, context)
-        recipe, notes = self._recipe()
+        recipe, said = self._recipe()
+        notes: list[str] = []
         blocks, refused = self._chosen(model, context)
         units, others = self._units(model, blocks, context)
         refused += others
+        if self.also == "head" and not others and all(unit.blocks for unit in units):
+            notes.append(NO_HEAD)
         reason = self._too_old(model, recipe)
         if reason is not None:
             refused += [each for unit in units for each in unit.refused(reason)]
@@ -147,7 +150,7 @@ class QuantizeFFN(BlockPass):
         left = {each.block for each in refused}
         quantized = {index: blocks[index] for unit in done for index in unit.blocks if index not in left}
         notes += doubled(quantized, {index: block for index, block in context.ledger.blocks.items() if index not in quantized})
-        return self._told(done, refused, notes + self._coarser(len(stored & set(quantized))))
+        return self._told(done, refused, (said if done else []) + notes + self._coarser(len(stored & set(quantized))))
 
     def _too_old(self, model: Model, recipe: Recipe) -> str | None:
         """Why the form cannot be written in the opset of ``model``; None where it can."""

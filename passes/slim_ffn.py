@@ -117,6 +117,10 @@ class SlimFFN(BlockPass):
         """Those that ``widths`` names as well."""
         return (*super().asks_for, Blocks(tuple(sorted(parse_widths(self.widths)))))
 
+    @property
+    def _as_read(self) -> bool:
+        return self.refit == "ridge" and self.select == "greedy"
+
     def width(self, block: FFNBlock) -> int:
         """Neurons that stay in ``block``."""
         own = parse_widths(self.widths).get(block.index)
@@ -167,7 +171,8 @@ class SlimFFN(BlockPass):
         with Streams(model, context) as streams:
             for index, block in there.items():
                 context.progress(f"{self.name}: how much block {index} matters")
-                evidence = streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="own")
+                evidence = streams.evidence(block, inputs=self.affine, neurons=True, weight=self.weight, target="own",
+                                            as_read=self._as_read)
                 curve = self._curve(model, block, evidence, context) if evidence.rows else None
                 if curve is not None:
                     curves[index] = curve
@@ -180,6 +185,7 @@ class SlimFFN(BlockPass):
         widths = widths_to_try(block.d_ff, self.multiple)
         lost = elimination(features, [*widths, self.width(block)], _GREEDY_RIDGE)
         fit = refit(features, lost[self.width(block)][0], _GREEDY_RIDGE, 0.0)
+        fit = fit if evidence.metric is None else evidence.metric.out_of(fit)
         alone = dataclasses.replace(context, streams=None)
         harm = damage(model, block, lambda trial, same: self.rewrite(trial, same, fit, alone), context)
         if harm is None:
@@ -206,9 +212,8 @@ class SlimFFN(BlockPass):
         found = context.fits.load(block, kind) if context.fits is not None else None
         if found is None:
             keep = KeptRows(context.streams.feeds) if self.refine and self.refit == "ridge" and width else None
-            as_read = self.refit == "ridge" and self.select == "greedy"
             evidence = context.streams.evidence(block, inputs=self.maps(block), neurons=width > 0, weight=self.weight,
-                                                target=self.target, keep=keep, as_read=as_read)
+                                                target=self.target, keep=keep, as_read=self._as_read)
             if not evidence.rows:
                 return evidence.finite.why_none(block.input.name)
             found = self._fit(block, evidence, width)

@@ -51,6 +51,7 @@ class Healer:
         self.began = False
         self.healed: list[int] = []
         self.moved: list[int] = []
+        self._unmoved: list[str] = []
 
     def before(self, index: int) -> None:
         """Heal what runs before block ``index``, which comes next."""
@@ -62,11 +63,11 @@ class Healer:
         while self._waiting:
             self._heal(*self._waiting.pop(0))
 
-    def note(self) -> str:
-        """What was done to which blocks, a sentence."""
-        moved = f" and the neurons of blocks {Blocks(tuple(self.moved))} were moved" if self.moved else ""
-        return (f"the down projections of blocks {Blocks(tuple(self.healed))} were fitted anew{moved}, to make good what the "
-                "affine blocks before them do wrong (heal=false leaves them)")
+    def notes(self) -> list[str]:
+        """What was done to which blocks, and why the neurons of some of them stay."""
+        too = f" and the neurons of blocks {Blocks(tuple(self.moved))} were moved" if self.moved else ""
+        return [f"the down projections of blocks {Blocks(tuple(self.healed))} were fitted anew{too}, to make good what the "
+                "affine blocks before them do wrong (heal=false leaves them)", *self._unmoved]
 
     def _heal(self, index: int, block: FFNBlock) -> None:
         if not self.began or not _can(self._model, block):
@@ -82,7 +83,9 @@ class Healer:
             return
         if rows is not None:
             prior = block.down.weight().astype(np.float64)
-            fit, _ = moved(block, evidence, prior, fit, rows, self._refine, self._context, f"healing block {index}")
+            fit, reason = moved(block, evidence, prior, fit, rows, self._refine, self._context, f"healing block {index}")
+            if not fit.projections:
+                self._unmoved.append(f"the neurons of block {index} were not moved: {reason}")
         put_healed(self._model, block, fit)
         streams.rewritten(block.output.name)
         self.healed.append(index)

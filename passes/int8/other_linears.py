@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import onnx_graphsurgeon as gs
 
 from ...graph.block import FFNBlock
-from ...graph.edit import consumers, is_output
+from ...graph.edit import consumers
 from ...graph.linear import Linear, read_linear
 from ...graph.model import Model
 from ...graph.shapes import ALIASES
@@ -19,7 +19,12 @@ from .linear_groups import LinearGroup
 Which = Literal["attention", "head", "everything"]
 _SMALLEST = 1 << 14  # numbers in a weight; below, quantizing costs more than it saves
 _WIDER = 4  # a head's output is at least so many times as wide as its input
-_THROUGH = {*ALIASES, "Mul", "Div", "Tanh", "Add", "Sub", "Transpose"}
+_EITHER = {"Mul", "Add"}  # whichever of its inputs the value is
+_THROUGH = {*ALIASES, *_EITHER, "Div", "Tanh", "Sub", "Transpose", "Softmax", "LogSoftmax", "Sigmoid", "ArgMax", "TopK", "Gather",
+            "GatherElements", "GatherND", "Slice"}
+_FAR = 16  # values that are followed
+NO_HEAD = (f"no linear gives logits here: one that is {_WIDER} times as wide as its input or more, and has nothing behind it but "
+           "scaling, capping, softmax and picking up to an output of the model")
 KINDS = ("MatMul", "Gemm", "FusedMatMul", "Einsum")
 
 
@@ -33,12 +38,14 @@ def other_groups(model: Model, blocks: Iterable[FFNBlock], which: Which) -> tupl
     inside = {id(linear.node) for block in blocks for linear in block.linears()}
     groups: list[LinearGroup] = []
     refused: list[Refused] = []
+    branches = {id(branch): (graph, node) for _, graph in model.graphs() for node in graph.nodes if node.op == "If"
+                for branch in node.attrs.values() if isinstance(branch, gs.Graph)}
     for path, graph in model.graphs():
         for node in topological(graph.nodes):
             linear = read_linear(node) if id(node) not in inside else None
             if linear is None or linear.kind not in KINDS:
                 continue
-            reason = _reason_against(graph, linear, which)
+            reason = _reason_against(linear, which, _gives_logits(model, branches, graph, linear))
             if reason is None:
                 name = node.name.rsplit("/", 1)[0] if "/" in node.name.strip("/") else node.name
                 groups.append(LinearGroup(name or "linear", path, graph, [linear]))
@@ -47,13 +54,14 @@ def other_groups(model: Model, blocks: Iterable[FFNBlock], which: Which) -> tupl
     return groups, refused
 
 
-def _reason_against(graph: gs.Graph, linear: Linear, which: Which) -> str | None:
+def _reason_against(linear: Linear, which: Which, head: bool) -> str | None:
     """Why ``linear`` is not quantized: a clause; empty where that goes without saying; None where it can be."""
+    if head and linear.quantized and which == "head":
+        return "its weights are stored as integers already"
     if linear.axis != -1 or linear.experts != 1 or linear.gathered or linear.quantized or linear.fused_activation:
         return ""
     if linear.node.inputs[0] is not linear.input or linear.d_in * linear.d_out < _SMALLEST:
         return ""
-    head = is_head(graph, linear)
     if which == "head" and not head:
         return ""
     if linear.overridable:
@@ -61,15 +69,24 @@ def _reason_against(graph: gs.Graph, linear: Linear, which: Which) -> str | None
     return "it is the head (also=head and also=everything include it)" if head and which == "attention" else None
 
 
-def is_head(graph: gs.Graph, linear: Linear) -> bool:
-    """Whether ``linear`` gives logits: wide, and nothing but scaling and capping lies between it and an output."""
+def _gives_logits(model: Model, branches: Mapping[int, tuple[gs.Graph, gs.Node]], graph: gs.Graph, linear: Linear) -> bool:
+    """Whether ``linear`` is wide, and nothing but what ``_THROUGH`` does lies between it and an output of the model.
+
+    Args:
+        branches: identity of a branch of an If → where that If is.
+    """
     if linear.d_out < _WIDER * linear.d_in:
         return False
-    pending, depth = [linear.output], 0
-    while pending and depth < 16:
-        depth += 1
-        tensor = pending.pop()
-        if is_output(graph, tensor):
-            return True
-        pending += [node.outputs[0] for node in consumers(tensor) if node.op in _THROUGH]
+    pending, followed = [(graph, linear.output)], 0
+    while pending and followed < _FAR:
+        followed += 1
+        place, tensor = pending.pop()
+        for position, output in enumerate(place.outputs):
+            if tensor is output and place is model.graph:
+                return True
+            if tensor is output and id(place) in branches:
+                outside, chooser = branches[id(place)]
+                pending.append((outside, chooser.outputs[position]))
+        pending += [(place, output) for node in consumers(tensor) if node.op in _THROUGH
+                    and (node.inputs[0] is tensor or node.op in _EITHER) for output in node.outputs]
     return False

@@ -101,58 +101,6 @@ def test_a_rewritten_block_is_still_a_block(tmp_path):
         assert {refused.reason for refused in again.refused} == {"its weights are stored as integers already"}
 
 
-# other linears
-
-def attention() -> Sketch:
-    """One layer with q, k, v and out projections, an FFN, a small linear, and a head."""
-    s = Sketch()
-    x = s.input("x", ["batch", "tokens", D])
-    normed = s.norm(x, D)
-    q, k, v = (s.linear(normed, D, 4 * D, name=f"/layer.0/attention/{which}") for which in "qkv")
-    scores = s.op("Softmax", s.op("Div", s.op("MatMul", q, s.op("Transpose", k, perm=[0, 2, 1])), s.number(16)), axis=-1)
-    mixed = s.linear(s.op("MatMul", scores, v), 4 * D, D, name="/layer.0/attention/out")
-    x = s.op("Add", x, mixed)
-    x = s.op("Add", x, s.ffn(s.norm(x, D), D, FF, activation="gelu", name="/layer.0/ffn"))
-    s.op("MatMul", s.norm(x, D), s.weight(s.numbers(D, 1000)), out=s.output("logits"), name="/head/MatMul")
-    s.op("MatMul", x, s.weight(s.numbers(D, 2)), out=s.output("score"), name="/score/MatMul")
-    return s
-
-
-def test_linears_of_attention(tmp_path):
-    s = attention()
-    model, result = quantize(s, tmp_path, "also=attention,row_scale=false")
-    assert result.fired == 3, "the FFN block, what reads the first norm, the projection behind the heads"
-    assert "head" in " ".join(refused.reason for refused in result.refused)
-    assert drift(run(s.model(), X), run(model, X)) < 0.03
-    ran = executed(tmp_path)
-    assert (ran["MatMulIntegerToFloat"], ran["DynamicQuantizeMatMul"], ran["DynamicQuantizeLinear"]) == (3, 3, 1)
-    _, result = quantize(s, tmp_path, "also=everything")
-    assert result.fired == 4
-    assert not result.refused
-    _, result = quantize(s, tmp_path, "blocks=none,also=head,row_scale=false")
-    assert (result.fired, result.refused) == (1, [])
-    assert executed(tmp_path)["DynamicQuantizeMatMul"] == 1
-
-
-def test_linears_of_attention_in_every_form(tmp_path):
-    for options in ("also=attention,smooth=feeds", "also=everything,bits=4", "also=everything,form=weight-only",
-                    "also=attention,smooth=feeds,gptq=true,bias_correction=true,scale=mse"):
-        assert lost(attention(), tmp_path, options, Feeds.of([X])) < (0.15 if "bits" in options else 0.02), options
-
-
-def test_attention_in_parallel_shares_the_quantization_of_the_ffn(tmp_path):
-    s = Sketch()
-    x = s.input("x", ["batch", "tokens", D])
-    y = s.norm(x, D)
-    value = s.linear(y, D, 4 * D, name="/attention/v")
-    mixed = s.linear(s.op("Softmax", value, axis=1), 4 * D, D, name="/attention/out")
-    branch = s.ffn(y, D, FF, activation="gelu", name="/ffn")
-    s.op("Add", s.op("Add", x, mixed), branch, out=s.output("y", ["batch", "tokens", D]))
-    _, result = quantize(s, tmp_path, "also=attention,row_scale=false")
-    assert result.fired == 2
-    assert executed(tmp_path)["DynamicQuantizeLinear"] == 1
-
-
 # storage
 
 def test_shared_weights_stay_shared(tmp_path):

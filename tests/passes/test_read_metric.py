@@ -10,6 +10,8 @@ from ffnfold.graph.model import Model
 from ffnfold.passes.fitting import evidence
 from ffnfold.passes.fitting.neuron_fit import NeuronFit
 from ffnfold.passes.fitting.read_metric import ReadMetric, read_metric
+from ffnfold.passes.slim_ffn import SlimFFN
+from ffnfold.search.workshop import Workshop
 from rewriting import feeds_of, rewrite
 
 D, FF = 8, 32
@@ -91,3 +93,27 @@ def test_neurons_that_feed_what_is_read_stay(tmp_path, monkeypatch):
         assert result.fired == 1
         lost[how] = drift(before, run(model, X))
     assert lost["as read"] < 0.9 * lost["all alike"]
+
+
+def test_all_that_is_fitted_to_goes_through_it(tmp_path):
+    """The search's moments, those of the neurons alone, and the rows that V is held near."""
+    shop = Workshop(post_norm().save(tmp_path / "m.onnx"), FIT, "cpu", 1)
+    [(unit, found)] = shop.evidence([0])
+    assert found.metric is not None
+    assert found.without_inputs().metric is found.metric
+    down = shop.blocks[unit].down.weight().astype(np.float64)
+    prior = SlimFFN(affine=False)._features(shop.blocks[unit], found.without_inputs()).prior
+    np.testing.assert_allclose(prior, down * found.metric.root)
+
+
+def test_widths_are_spread_by_what_the_fits_go_by(tmp_path, monkeypatch):
+    asked = []
+    plain = evidence.Streams.evidence
+
+    def spied(self, block, **options):
+        asked.append((options["target"], options["as_read"]))
+        return plain(self, block, **options)
+
+    monkeypatch.setattr(evidence.Streams, "evidence", spied)
+    rewrite(post_norm(), tmp_path, "slim-ffn:keep=8,multiple=1,affine=false,spread=sensitivity,refine=0", fit=FIT)
+    assert asked == [("own", True), ("stream", True)]

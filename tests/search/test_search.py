@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.latency as latency
@@ -17,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from feed_files import write_feeds
 from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
 from ffnfold.graph.errors import InputError
@@ -27,7 +23,6 @@ from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session, parse_limit
 from ffnfold.search import SearchJob, search_file
 from ffnfold.search.candidates import HEAD, OTHERS, Candidate, plan_of
-from ffnfold.search.front_models import FrontModels
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import weight_bytes
 from ffnfold.search.workshop import Workshop
@@ -311,48 +306,3 @@ def test_a_block_that_cannot_be_cut_out_is_timed_in_the_whole_model(tmp_path, mo
     keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
     assert any(key.startswith("('whole'") and "'int8-gptq'" in key for key in keys)
     assert not any("slim" in key for key in keys if key.startswith("('alone'"))
-
-
-def test_what_a_killed_search_left_with_its_front_is_removed_by_the_next(tmp_path):
-    code = ("import sys; from pathlib import Path; from ffnfold.search.front_models import FrontModels; "
-            "models = FrontModels(Path(sys.argv[1]), 'search', {}, None); print('begun', flush=True); sys.stdin.read()")
-    killed, alive = (subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                     for _ in range(2))
-    for process in (killed, alive):
-        assert process.stdout.readline() == b"begun\n"
-    killed.kill()
-    killed.communicate()
-    assert len(list(tmp_path.iterdir())) == 2
-    models = FrontModels(tmp_path, "search", {}, None)
-    assert len(list(tmp_path.iterdir())) == 2
-    models.close()
-    assert len(list(tmp_path.iterdir())) == 1
-    alive.communicate()
-    FrontModels(tmp_path, "search", {}, None).close()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.timeout(300)
-def test_the_models_on_the_front_are_kept(tmp_path, monkeypatch):
-    """Those that optimize would write, under names that a second search finds them by."""
-    monkeypatch.setattr(latency, "_MOST_ROUNDS", 15)
-    monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
-    model, data = transformer(1, 64, 256, activation="gelu").save(tmp_path / "model.onnx"), tmp_path / "feeds"
-    write_feeds(data, 6, (4, 32, 64))
-    job = SearchJob(model, tmp_path / "out.onnx", data, threads=1, cache=tmp_path / "cache", minutes=2,
-                    front=tmp_path / "front", limits=[parse_limit("cosine_mean=0.97")])
-    front = search_file(job)["front"]
-    files = sorted(Path(point["model"]) for point in front)
-    assert len(files) > 1
-    assert sorted((tmp_path / "front").iterdir()) == files
-    for point in front:
-        plan = Plan.from_entries(point["plan"])
-        optimize.optimize_file(optimize.Job(model, tmp_path / "again.onnx", plan, data=data, threads=1, verify=False))
-        assert Path(point["model"]).read_bytes() == (tmp_path / "again.onnx").read_bytes()
-
-    times = {path: path.stat().st_mtime_ns for path in files}
-    files[0].unlink()
-    monkeypatch.setattr(Search, "over", True)
-    assert search_file(job)["measured"] == 0
-    assert files[0].exists()
-    assert all(path.stat().st_mtime_ns == times[path] for path in files[1:])

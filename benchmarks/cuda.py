@@ -38,7 +38,9 @@ from ffnfold.runtime.placement import CPU
 STEP = "1x1"
 GRAPH = f"{STEP}, CUDA graph"
 AFFINE, INT8, FOUR_BITS = "linearize-ffn", "int8", "4 bits"
-SHAPES = {"llama-7b": Shape(), "mistral-7b": Shape(d_ff=14336, kv_heads=8)}  # arXiv 2302.13971, arXiv 2310.06825
+SHAPES = {"llama-7b": Shape(),  # arXiv 2302.13971
+          "mistral-7b": Shape(d_ff=14336, kv_heads=8),  # arXiv 2310.06825
+          "qwen2-7b": Shape(d_model=3584, d_ff=18944, heads=28, kv_heads=4, vocabulary=152064)}  # arXiv 2407.10671
 LIMITS = {(AFFINE, "1x512"): 1.7, (AFFINE, "8x512"): 1.8, (AFFINE, GRAPH): 1.6, (INT8, STEP): 1.3}
 CONFIGS: dict[str, dict[str, str]] = {
     INT8: {}, f"{INT8}, packed": {"ep.cuda.fpa_intb_gemm": "1", "ep.cuda.fpa_intb_profile_m": "1,512,4096"}}

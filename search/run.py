@@ -11,6 +11,7 @@ from typing import Any
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
 from ..graph.places import check_file
+from ..passes.fitting.evidence import OutOfTimeError
 from ..passes.fitting.kept_fits import Fits
 from ..passes.optimize import Job, check_apart, check_places
 from ..passes.plan import Plan
@@ -34,6 +35,7 @@ from .workers import cluster, local_pool, run_tasks, tasks_of
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _ALONE = 0.6  # part of the budget for measuring each form alone
 _UNFITTED = 0.6  # part of what is left of that, for those that need no fit
+_MAPS = 0.6  # part of what is left of that in a short search, for affine maps alone, whose moments take less time than neurons'
 _FASTER = 0.98  # a form must take less of the time of a block to be worth its drift
 Progress = Callable[[str], None]
 
@@ -64,7 +66,8 @@ class Search:
         self.timings = Records(folder / "latency")
         self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
         self.fits = Fits(folder / identity / "fits")
-        self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
+        self._few = job.minutes < _SHORT
+        self.candidates = self.bench.workshop.candidates(few=self._few)
         self.points: dict[str, Point] = {}
         self._refused = ""
         self.models: FrontModels | None = None
@@ -136,7 +139,9 @@ class Search:
         wanted = self.unknown()
         cheap = {unit: [each for each in several if not each.fitted] for unit, several in self._promising(wanted).items()}
         fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
-        for part, share in ((cheap, _UNFITTED), (fitted, 1.0)):
+        maps = {unit: [each for each in several if self._few and each.neurons == 0] for unit, several in fitted.items()}
+        rest = {unit: [each for each in several if each not in maps[unit]] for unit, several in fitted.items()}
+        for part, share in ((cheap, _UNFITTED), (maps, _MAPS), (rest, 1.0)):
             self._score({unit: several for unit, several in part.items() if several}, share)
         self.alone: dict[tuple[int, Candidate], Scored] = {}
         for unit, several in self.candidates.items():
@@ -180,7 +185,10 @@ class Search:
 
     def _score_here(self, wanted: dict[int, list[Candidate]], limit: float,
                     keep: Callable[[int, Candidate, Scored], None]) -> None:
-        """One after the other, each unit in its part of the time that is left, so that the last have their turn too."""
+        """One after the other, each unit in its part of the time that is left, so that the last have their turn too.
+
+        Moments that are not there in time are given up: what is left of the budget is for plans.
+        """
         for number, (unit, several) in enumerate(wanted.items()):
             now = time.monotonic()
             share = now + (limit - now) / (len(wanted) - number)
@@ -188,7 +196,11 @@ class Search:
                 if time.monotonic() > share:
                     break
                 self.progress(f"drift of {name_of(unit)}: {each}")
-                keep(unit, each, self.bench.score(unit, each))
+                try:
+                    scored = self.bench.score(unit, each, limit)
+                except OutOfTimeError:
+                    return
+                keep(unit, each, scored)
 
     def _explore(self) -> None:
         laws = []
@@ -205,27 +217,38 @@ class Search:
         levels = levels_of(self.job)
         self._visit_unfitted(levels[0])
         tried = dict.fromkeys(range(len(levels)), 0)
-        while True:  # what is known of plans costs nothing, and the laws are better for it
-            fresh = None
-            for number in sorted(tried, key=lambda number: turn(number, tried[number], levels[number].most)):
-                level = levels[number]
-                if tried[number] >= level.most:
-                    continue
-                choice = choose(self.candidates, *self.problem.program(level))
-                if choice is not None and text_of(choice) not in self.points and not (self.over and self._unbuilt(choice)):
-                    fresh, tried[number] = choice, tried[number] + 1
-                    break
-            if fresh is None:
-                return
-            self._visit(fresh)
+        while (choice := self._next(levels, tried)) is not None:
+            self._visit(choice)
+        if len(self.points) == 1:  # measuring took the whole budget: a search that knows something faster does not end without it
+            for removed in (False, True):
+                self._visit_unfitted(levels[0], removed=removed, late=True)
 
-    def _visit_unfitted(self, goal: Level) -> None:
-        """First what needs no fit, integers above all: it drifts little on any data, and is the least that a search must beat."""
-        plain = {unit: [each for each in several if not each.fitted and not each.removed]
+    def _next(self, levels: Sequence[Level], tried: dict[int, int]) -> Choice | None:
+        """What to build next. What is known of plans costs no time, and the laws are better for it."""
+        for number in sorted(tried, key=lambda number: turn(number, tried[number], levels[number].most)):
+            if tried[number] < levels[number].most:
+                choice = choose(self.candidates, *self.problem.program(levels[number]))
+                if choice is not None and self._worth_it(choice):
+                    tried[number] += 1
+                    return choice
+        return None
+
+    def _visit_unfitted(self, goal: Level, *, removed: bool = False, late: bool = False) -> None:
+        """First what needs no fit, integers above all: it drifts little on any data, and is the least that a search must beat.
+
+        Args:
+            removed: blocks may be left out, too.
+            late: it is built even where the budget is spent.
+        """
+        plain = {unit: [each for each in several if not each.fitted and (removed or not each.removed)]
                  for unit, several in self.candidates.items()}
         choice = choose(plain, *self.problem.program(goal))
-        if choice is not None and text_of(choice) not in self.points and not (self.over and self._unbuilt(choice)):
+        if choice is not None and self._worth_it(choice, late=late):
             self._visit(choice)
+
+    def _worth_it(self, choice: Choice, *, late: bool = False) -> bool:
+        """Whether a choice is new, and known already or to be built in time."""
+        return text_of(choice) not in self.points and (late or not self.over or not self._unbuilt(choice))
 
     def _unbuilt(self, choice: Choice) -> bool:
         return self.records.get("built", plan_of(choice, self.job.target).to_yaml(), self._machine) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
-from ..passes.fitting.evidence import Evidence
+from ..passes.fitting.evidence import Evidence, OutOfTimeError
 from ..passes.fitting.neuron_fit import NeuronFit
 from ..passes.split import Split, load_split
 from ..runtime.specs import input_specs
@@ -61,12 +62,21 @@ class Bench:
         self._bytes = weight_bytes(self.workshop.base)
         self._unit: int | None = None
         self._evidence: Evidence | None = None
+        self._neurons = True
+        self._until = math.inf
         self._coming: Any = None
         self._waited = 0.0
 
-    def score(self, unit: int, each: Candidate) -> Scored:
-        """Measure one candidate."""
-        started, self._waited = time.perf_counter(), 0.0
+    def score(self, unit: int, each: Candidate, until: float = math.inf) -> Scored:
+        """Measure one candidate.
+
+        Args:
+            until: by ``time.monotonic()``; moments that take longer are given up.
+
+        Raises:
+            OutOfTimeError: they were.
+        """
+        started, self._waited, self._until = time.perf_counter(), 0.0, until
         found = self._scored(unit, each)
         return {**found, "seconds": round(time.perf_counter() - started, 3), "moments": round(self._waited, 3)}
 
@@ -74,7 +84,7 @@ class Bench:
         try:
             fits: dict[int, NeuronFit] = {}
             if each.neurons is not None:
-                evidence = self._moments(unit)
+                evidence = self._moments(unit, neurons=each.neurons > 0)
                 if not evidence.rows:
                     return {"refused": evidence.finite.why_none("").reason}
                 fits[unit] = self.workshop.fit(unit, each, evidence)
@@ -85,19 +95,28 @@ class Bench:
         except (InputError, BrokenByPass, ValueError) as error:
             return {"refused": " ".join(str(error).split())[:200]}
 
-    def _moments(self, unit: int) -> Evidence:
-        if self._unit == unit and self._evidence is not None:
+    def _moments(self, unit: int, neurons: bool) -> Evidence:
+        """Of a block; those of its neurons, which take longer, only where they are wanted or there already."""
+        if self._unit == unit and self._evidence is not None and (self._neurons or not neurons):
             return self._evidence
         started = time.perf_counter()
         self._evidence = None  # let go of it before the next is made
         order = list(self.workshop.blocks)
-        if self._coming is None or self._unit is None or order.index(unit) < order.index(self._unit):
-            self._coming = self.workshop.evidence(order)
-        for index, evidence in self._coming:
-            if index == unit:
-                self._unit, self._evidence, self._waited = unit, evidence, time.perf_counter() - started
-                return evidence
+        gone_by = self._unit is None or order.index(unit) <= order.index(self._unit)
+        if self._coming is None or gone_by or self._neurons != neurons:
+            self._coming, self._neurons = self.workshop.evidence(order, neurons=neurons, late=self._late), neurons
+        try:
+            for index, evidence in self._coming:
+                if index == unit:
+                    self._unit, self._evidence, self._waited = unit, evidence, time.perf_counter() - started
+                    return evidence
+        except OutOfTimeError:
+            self._coming = None
+            raise
         raise InputError(f"there is no block {unit}")
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._until
 
 
 def weight_bytes(model: Model) -> int:

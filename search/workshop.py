@@ -66,15 +66,22 @@ class Workshop:
         heads, _ = other_groups(self.base, self.blocks.values(), "head")
         return {**found, **{unit: other_candidates(self.target, better) for unit in ([OTHERS, HEAD] if heads else [OTHERS])}}
 
-    def evidence(self, units: Sequence[int]) -> Iterator[tuple[int, Evidence]]:
-        """Moments for the fits of blocks, one after the other, all on the model as it is."""
+    def evidence(self, units: Sequence[int], *, neurons: bool = True,
+                 late: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, Evidence]]:
+        """Moments for the fits of blocks, one after the other, all on the model as it is.
+
+        Without those of ``neurons`` they are enough for an affine map alone.
+
+        Raises:
+            OutOfTimeError: it was ``late``.
+        """
         with ExitStack() as stack:
             context = self._context(self.base)
             streams = stack.enter_context(Streams(self.base, context))
             for unit in [index for index in self.blocks if index in units]:
-                self.progress(f"moments of block {unit}")
-                yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=True, weight="auto", target="stream",
-                                             as_read=True)
+                self.progress(f"moments of {'' if neurons else 'the input of '}block {unit}")
+                yield unit, streams.evidence(self.blocks[unit], inputs=True, neurons=neurons, weight="auto", target="stream",
+                                             as_read=True, late=late)
 
     def fit(self, unit: int, form: Candidate, evidence: Evidence) -> NeuronFit:
         """What ``slim-ffn`` would put in the place of a block; neurons for all widths leave in one go."""

@@ -15,7 +15,7 @@ order (see :mod:`branch`). Where something else does, or the feeds take another 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -43,6 +43,10 @@ Target = Literal["stream", "block", "own"]
 Sum = Literal["sum"]  # what a block gives together with its residual
 HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
 JUDGING = 4  # every fourth of those, where there are feeds enough for two, judges what is fitted to the tokens themselves
+
+
+class OutOfTimeError(Exception):
+    """Whoever asked for moments said that it is too late for them."""
 
 
 @dataclass
@@ -117,7 +121,8 @@ class Streams:
         self._now.forget(name)
 
     def evidence(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target | Sum,
-                 more: Sequence[gs.Tensor] = (), keep: KeptRows | None = None, as_read: bool = False) -> Evidence:
+                 more: Sequence[gs.Tensor] = (), keep: KeptRows | None = None, as_read: bool = False,
+                 late: Callable[[], bool] = lambda: False) -> Evidence:
         """Go through the feeds once.
 
         Args:
@@ -126,6 +131,10 @@ class Streams:
             more: values with their features where the block has them, whose features come behind those.
             keep: takes the inputs, the targets and the weights themselves (of varied copies what is fitted to alone).
             as_read: t goes through the metric of what reads it (see :mod:`read_metric`), where there is one.
+            late: asked before each feed.
+
+        Raises:
+            OutOfTimeError: it was ``late``.
         """
         kept = None if self._resume is None else self._resume.load(3)
         found = Evidence(kept[0], kept[1], kept[2]) if kept else Evidence(Scatter(), Scatter(), Scatter())
@@ -133,6 +142,8 @@ class Streams:
         few = self._real < HELD_OUT
         gathered = self._rows(block, inputs or keep is not None, neurons, weight, target, more)
         for number, (features, y, t, weights) in enumerate(gathered):
+            if late():
+                raise OutOfTimeError
             if kept and keep is None and found.rows:
                 continue
             t = t if metric is None else metric.into(t)

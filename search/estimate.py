@@ -13,6 +13,7 @@ from .scoring import Bench
 
 _OUTSIDE = {OTHERS: "attention", HEAD: "head"}
 _LATENCY, _WHOLE = 20.0, 40.0  # seconds: of a shape of block at a shape of input, and of the whole models
+_OTHER = 5.0  # seconds, of a form of what is raced in the whole model, at a shape of input
 
 
 def estimate(job: SearchJob, bench: Bench, candidates: Mapping[int, Sequence[Candidate]],
@@ -31,10 +32,11 @@ def estimate(job: SearchJob, bench: Bench, candidates: Mapping[int, Sequence[Can
     forward = one / (2 * max(1, len(bench.split.choose)))
     fit = 4 * forward * len(bench.split.fit)  # the model twice, and as long for the moments
     alone = len(drift) * 1.5 * one + fit * any(each.fitted for each in drift)
-    latency = len(shapes) * len(traffic) * _LATENCY + _WHOLE
+    others = sum(len(several) - 1 for unit, several in candidates.items() if unit in _OUTSIDE)
+    latency = (len(shapes) * _LATENCY + others * _OTHER) * len(traffic) + _WHOLE
     return {"model": str(job.model), "dry_run": True, "ffn_blocks": len(shop.blocks), "block_shapes": len(shapes),
             "candidates": {_OUTSIDE.get(unit, str(unit)): [str(each) for each in several]
                            for unit, several in candidates.items()},
-            "measurements": {"drift": len(drift), "latency": sum(len(candidates[unit]) for unit in shapes.values())},
+            "measurements": {"drift": len(drift), "latency": sum(len(candidates[unit]) for unit in shapes.values()) + others},
             "minutes": {"alone": round((alone + latency) / 60, 2), "each_plan": round((fit + one + latency / 4) / 60, 2),
                         "budget": job.minutes}}

@@ -181,6 +181,27 @@ def test_projections_that_did_not_move_are_those_of_the_block(tmp_path, monkeypa
     assert np.abs(run(still, x)["y"] - run(model, x)["y"]).max() < 1e-5
 
 
+@pytest.mark.parametrize("form", ["plain", "halves", "turns", "turned", "convolved"])
+def test_a_bias_that_moved_is_written(tmp_path, monkeypatch, form):
+    def pushed(block, start, fit, *others):
+        activation = _activation(block)
+        assert activation is not None
+        projections = _projections(block, fit, _narrow(block, fit, activation).matrices)
+        return dataclasses.replace(fit, projections=tuple((matrix, bias + push(number))
+                                                          for number, (matrix, bias) in enumerate(projections))), ""
+
+    def push(number: int) -> np.ndarray:
+        return (1 + number) * np.linspace(0.1, 0.2, FF)
+
+    monkeypatch.setattr(moved, "refined", pushed)
+    model, _ = rewrite(stack(form), tmp_path, "linearize-ffn:blocks=0,refine=1", fit=feeds(form, 20))
+    for block, own in zip(find_ffn_blocks(model), find_ffn_blocks(Model.load(tmp_path / "before.onnx"))[1:], strict=True):
+        for number, (leaf, before) in enumerate(zip(block.region.leaves, own.region.leaves, strict=True)):
+            columns = slice(None) if leaf.columns is None else leaf.columns
+            moved_by = leaf.linear.bias()[columns] - before.linear.bias()[columns]
+            assert moved_by == pytest.approx(push(number), abs=1e-6)
+
+
 def test_a_descent_that_is_not_better_moves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(refinement, "_descend", lambda *arguments: True)
     model, [result] = rewrite(transformer(3, D, FF, activation="gelu"), tmp_path, "linearize-ffn:blocks=0", fit=FIT)

@@ -209,7 +209,8 @@ def test_what_would_be_measured_is_said_and_nothing_written(model, feeds, tmp_pa
     assert found["block_shapes"] == 1
     assert found["candidates"]["0"][:2] == ["keep", "int8-gptq"]
     measured = [each for several in found["candidates"].values() for each in several if each != "keep" and "+" not in each]
-    assert found["measurements"]["drift"] == len(measured)
+    assert found["measurements"] == {"drift": len(measured), "latency": len(found["candidates"]["0"])
+                                     + len(found["candidates"]["attention"]) - 1}
     assert found["minutes"]["alone"] > 0
     assert not (tmp_path / "out.onnx").exists()
 

@@ -71,7 +71,7 @@ class LinearizeFFN(BlockPass):
     weight: Literal["auto", "none"] = field(default="auto", metadata={"help": "how tokens are weighted"})
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what an affine map is fitted to"})
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
-    heal: bool = field(default=True, metadata={"help": "fit blocks that stay anew, to undo errors: down projections, and with refine neurons"})
+    heal: bool = field(default=True, metadata={"help": "fit other blocks anew, to undo errors of affine ones"})
     refine: int = field(default=4, metadata={
         "help": "how often gradient descent goes through the tokens to move the neurons of those blocks"})
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .alone import Alone
 from .candidates import HEAD, OTHERS, Candidate
 from .job import SearchJob
 from .latency import Traffic, block_key
@@ -17,15 +18,11 @@ _OTHER = 5.0  # seconds, of a form of what is raced in the whole model, at a sha
 
 
 def estimate(job: SearchJob, bench: Bench, candidates: Mapping[int, Sequence[Candidate]],
-             unknown: Mapping[int, Sequence[Candidate]], traffic: Sequence[Traffic]) -> dict[str, Any]:
-    """The candidates, how many of them are to be measured, and about how many minutes that takes: one of them is measured.
-
-    Args:
-        unknown: those that were not measured before.
-    """
+             measuring: Alone, traffic: Sequence[Traffic]) -> dict[str, Any]:
+    """The candidates, how many of them are to be measured, and about how many minutes that takes: one of them is measured."""
     shop = bench.workshop
     shapes = {block_key(shop, unit): unit for unit in shop.blocks}
-    drift = [each for several in unknown.values() for each in several if each.parts is None]
+    drift = [*measuring.shared(), *(each for several in measuring.unknown().values() for each in several if each.parts is None)]
     started = time.perf_counter()
     bench.yardstick.measure(shop.base.copy())
     one = time.perf_counter() - started

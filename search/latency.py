@@ -22,7 +22,7 @@ from .workshop import Workshop
 
 _SECONDS = 0.4  # of a race of cut blocks, for each
 _SECONDS_WHOLE = 1.5  # of a race of whole models, for each
-_ROUNDS, _MOST_ROUNDS = 9, 200  # of a race
+_ROUNDS, _MOST_ROUNDS = 5, 200  # of a race
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ class Traffic:
 
 def race_whole(models: Sequence[Model], traffic: Sequence[Traffic], *, target: str, threads: int | None) -> list[float]:
     """Time of each model over that of the first, over all shapes: Σ weight · t / Σ weight · t_first. The first is 1."""
+    totals = _milliseconds(models, traffic, target, threads)
+    return [total / totals[0] for total in totals]
+
+
+def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tuple[float, float]:
+    """Time of the original and of the model after the exact passes, in ms, over all shapes: Σ weight · t."""
+    models = [workshop.original, *([workshop.base.copy()] if workshop.fired else [])]
+    totals = _milliseconds(models, traffic, workshop.target, workshop.threads)
+    return totals[0], totals[-1]
+
+
+def _milliseconds(models: Sequence[Model], traffic: Sequence[Traffic], target: str, threads: int | None) -> list[float]:
     totals = [0.0] * len(models)
     for each in traffic:
         found = race([Variant(model, str(number)) for number, model in enumerate(models)], each.feeds, provider=target,
@@ -49,20 +61,7 @@ def race_whole(models: Sequence[Model], traffic: Sequence[Traffic], *, target: s
         totals[0] += first
         for number, ratio in enumerate(found["ratios"], 1):
             totals[number] += first / ratio["speedup"]
-    return [total / totals[0] for total in totals]
-
-
-def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tuple[float, float]:
-    """Time of the original and of the model after the exact passes, in ms, over all shapes: Σ weight · t."""
-    total = 0.0
-    for each in traffic:
-        found = race([workshop.original], each.feeds, provider=workshop.target, threads=workshop.threads, seconds=_SECONDS_WHOLE,
-                     min_rounds=_ROUNDS, max_rounds=_MOST_ROUNDS, allow_cpu=True)
-        total += found["models"][0]["p50_ms"] * each.weight
-    if not workshop.fired:
-        return total, total
-    _, ratio = race_whole([workshop.original, workshop.base.copy()], traffic, target=workshop.target, threads=workshop.threads)
-    return total, total * ratio
+    return totals
 
 
 def saved_in_whole(workshop: Workshop, unit: int, each: Candidate, traffic: Sequence[Traffic]) -> dict[str, float | None]:

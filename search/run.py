@@ -11,12 +11,12 @@ from typing import Any
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
 from ..graph.places import check_file
-from ..passes.fitting.evidence import OutOfTimeError
 from ..passes.fitting.kept_fits import Fits
 from ..passes.optimize import Job, check_apart, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
-from .candidates import HEAD, KEEP, MEANING, OTHERS, Candidate, Choice, name_of, plan_of, spread_out
+from .alone import Alone
+from .candidates import HEAD, KEEP, MEANING, OTHERS, Candidate, Choice, name_of, plan_of
 from .choice import choose, text_of
 from .estimate import estimate
 from .front import Expected, Point
@@ -28,14 +28,12 @@ from .levels import Level, Problem, levels_of, turn
 from .outcome import add_front, beside, write_beside, write_best
 from .prediction import Damage, Time
 from .records import Records, default_folder
-from .scoring import Bench, Scored, Setting, weight_bytes
+from .scoring import Bench, Setting, weight_bytes
 from .setup import identity_of, traffic_of
-from .workers import cluster, local_pool, run_tasks, tasks_of
 
 _SHORT = 10.0  # minutes; below, fewer widths are tried
-_ALONE = 0.6  # part of the budget for measuring each form alone
-_UNFITTED = 0.6  # part of what is left of that, for those that need no fit
-_MAPS = 0.6  # part of what is left of that in a short search, for affine maps alone, whose moments take less time than neurons'
+_TIMED = 0.3  # part of the budget after which no further form is timed in the whole model, but for the first of each unit
+_ALONE = 0.6  # part of the budget after which no further form is measured alone
 _FASTER = 0.98  # a form must take less of the time of a block to be worth its drift
 Progress = Callable[[str], None]
 
@@ -66,8 +64,8 @@ class Search:
         self.timings = Records(folder / "latency")
         self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
         self.fits = Fits(folder / identity / "fits")
-        self._few = job.minutes < _SHORT
-        self.candidates = self.bench.workshop.candidates(few=self._few)
+        self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
+        self.measuring = Alone(job, self.bench, self.records, self.candidates, job.minutes < _SHORT, progress)
         self.points: dict[str, Point] = {}
         self._refused = ""
         self.models: FrontModels | None = None
@@ -112,7 +110,9 @@ class Search:
                 (unit, each) in self.saved and (self.saved[unit, each] > slow or self.job.max_bytes is not None))]
 
     def _time_whole(self, unit: int, several: Sequence[Candidate], *what: object) -> None:
-        for each in several:
+        for number, each in enumerate(several):
+            if number and time.monotonic() > self._began + _TIMED * 60 * self.job.minutes:
+                break
             message = f"timing {name_of(unit)} in the whole model: {each}"
             part = self.records.measure(partial(self._telling, message, saved_in_whole, self.bench.workshop, unit, each,
                                                 self.traffic), *what, str(each), self._machine)
@@ -136,79 +136,20 @@ class Search:
         return how(*arguments)
 
     def _alone(self) -> None:
-        wanted = self.unknown()
-        cheap = {unit: [each for each in several if not each.fitted] for unit, several in self._promising(wanted).items()}
-        fitted = {unit: [each for each in several if each.fitted and each.parts is None] for unit, several in wanted.items()}
-        maps = {unit: [each for each in several if self._few and each.neurons == 0] for unit, several in fitted.items()}
-        rest = {unit: [each for each in several if each not in maps[unit]] for unit, several in fitted.items()}
-        for part, share in ((cheap, _UNFITTED), (maps, _MAPS), (rest, 1.0)):
-            self._score({unit: several for unit, several in part.items() if several}, share)
-        self.alone: dict[tuple[int, Candidate], Scored] = {}
+        self.measuring.measure(self.saved, self._began + _ALONE * 60 * self.job.minutes)
+        self.alone = self.measuring.known()
         for unit, several in self.candidates.items():
-            for each in several:
-                found = self.records.get("alone", unit, str(each)) if each != KEEP else None
-                if found is not None and "drift" in found:
-                    self.alone[unit, each] = found
             self.candidates[unit] = [KEEP, *(each for each in several if {(unit, part) for part in each.parts or (each,)}
                                              <= set(self.alone))]
-
-    def _promising(self, wanted: dict[int, list[Candidate]]) -> dict[int, list[Candidate]]:
-        """The same, units first whose forms save most time: where the budget is short, those are measured."""
-        most = {unit: max((self.saved.get((unit, each), 0.0) for each in several if not each.removed), default=0.0)
-                for unit, several in wanted.items()}
-        return {unit: wanted[unit] for unit in sorted(wanted, key=lambda unit: -most[unit])}
-
-    def unknown(self) -> dict[int, list[Candidate]]:
-        """Unit → candidates that were not measured alone."""
-        return {unit: [each for each in several if each != KEEP and self.records.get("alone", unit, str(each)) is None]
-                for unit, several in self.candidates.items()}
-
-    def _score(self, wanted: dict[int, list[Candidate]], share: float) -> None:
-        """Measure what is ``wanted``, in that ``share`` of the time that there still is for each form alone."""
-        limit = time.monotonic() + share * (self._began + _ALONE * 60 * self.job.minutes - time.monotonic())
-
-        def enough() -> bool:
-            return time.monotonic() > limit
-
-        def keep(unit: int, each: Candidate, scored: Scored) -> None:
-            self.records.put(scored, "alone", unit, str(each))
-
-        if not wanted:
-            return
-        if self.job.scheduler is not None:
-            with cluster(self.job.scheduler, self.setting) as (pool, workers, setting):
-                run_tasks(tasks_of(wanted, workers), setting, pool, keep, enough)
-        elif self.job.workers > 1:
-            run_tasks(tasks_of(wanted, self.job.workers), self.setting, lambda: local_pool(self.job.workers), keep, enough)
-        else:
-            self._score_here(wanted, limit, keep)
-
-    def _score_here(self, wanted: dict[int, list[Candidate]], limit: float,
-                    keep: Callable[[int, Candidate, Scored], None]) -> None:
-        """One after the other, each unit in its part of the time that is left, so that the last have their turn too.
-
-        Moments that are not there in time are given up: what is left of the budget is for plans.
-        """
-        for number, (unit, several) in enumerate(wanted.items()):
-            now = time.monotonic()
-            share = now + (limit - now) / (len(wanted) - number)
-            for each in spread_out(several) if several[0].fitted else several:
-                if time.monotonic() > share:
-                    break
-                self.progress(f"drift of {name_of(unit)}: {each}")
-                try:
-                    scored = self.bench.score(unit, each, limit)
-                except OutOfTimeError:
-                    return
-                keep(unit, each, scored)
 
     def _explore(self) -> None:
         laws = []
         for row in self.rows:
-            alone = {item: row.damage(found["drift"]) for item, found in self.alone.items()}
+            alone = {item: row.damage(found["drift"]) / found["units"] for item, found in self.alone.items()}
             laws.append(Damage({(unit, each): sum(alone[unit, part] for part in _measured(each))
                                 for unit, several in self.candidates.items() for each in several}))
-        bytes_of = {(unit, each): sum(float(self.alone[unit, part]["bytes"]) * share for part, share in self._shares(unit, each))
+        bytes_of = {(unit, each): sum(self.alone[unit, part]["bytes"] / self.alone[unit, part]["units"] * share
+                                       for part, share in self._shares(unit, each))
                     for unit, several in self.candidates.items() for each in several}
         clock = Time(self.base_ms[1] / self.base_ms[0], {(unit, each): self.saved[unit, each]
                                                          for unit, several in self.candidates.items() for each in several})
@@ -324,7 +265,7 @@ def search_file(job: SearchJob, progress: Progress = lambda message: None, *, dr
         InputError: bad input; nothing is written then.
     """
     search = Search(job, progress)
-    return estimate(job, search.bench, search.candidates, search.unknown(), search.traffic) if dry_run else search.run()
+    return estimate(job, search.bench, search.candidates, search.measuring, search.traffic) if dry_run else search.run()
 
 
 def _measured(each: Candidate) -> tuple[Candidate, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +52,7 @@ class Bench:
     """
 
     def __init__(self, setting: Setting, progress: Callable[[str], None] = lambda message: None) -> None:
+        self.setting = setting
         model, data = _here(setting)
         original = Model.load(model)
         self.split: Split = load_split(data, input_specs(original), True)
@@ -80,20 +81,32 @@ class Bench:
         found = self._scored(unit, each)
         return {**found, "seconds": round(time.perf_counter() - started, 3), "moments": round(self._waited, 3)}
 
+    def score_together(self, changes: Mapping[int, Candidate]) -> Scored:
+        """Measure forms of several units at once, none of them fitted."""
+        started = time.perf_counter()
+        found = self._measured(changes, {})
+        return {**found, "units": len(changes), "seconds": round(time.perf_counter() - started, 3)}
+
     def _scored(self, unit: int, each: Candidate) -> Scored:
+        fits: dict[int, NeuronFit] = {}
         try:
-            fits: dict[int, NeuronFit] = {}
             if each.neurons is not None:
                 evidence = self._moments(unit, neurons=each.neurons > 0)
                 if not evidence.rows:
                     return {"refused": evidence.finite.why_none("").reason}
                 fits[unit] = self.workshop.fit(unit, each, evidence)
-            trial = self.workshop.rewritten({unit: each}, fits)
+        except (InputError, BrokenByPass, ValueError) as error:
+            return _refused(error)
+        return self._measured({unit: each}, fits)
+
+    def _measured(self, changes: Mapping[int, Candidate], fits: Mapping[int, NeuronFit]) -> Scored:
+        try:
+            trial = self.workshop.rewritten(changes, fits)
             if trial is None:
                 return {"refused": "the pass refuses it"}
             return {"drift": self.yardstick.measure(trial), "bytes": weight_bytes(trial) - self._bytes}
         except (InputError, BrokenByPass, ValueError) as error:
-            return {"refused": " ".join(str(error).split())[:200]}
+            return _refused(error)
 
     def _moments(self, unit: int, neurons: bool) -> Evidence:
         """Of a block; those of its neurons, which take longer, only where they are wanted or there already."""
@@ -117,6 +130,10 @@ class Bench:
 
     def _late(self) -> bool:
         return time.monotonic() > self._until
+
+
+def _refused(error: Exception) -> Scored:
+    return {"refused": " ".join(str(error).split())[:200]}
 
 
 def weight_bytes(model: Model) -> int:

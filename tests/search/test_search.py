@@ -9,7 +9,6 @@ from functools import partial
 
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.latency as latency
-import ffnfold.search.run as search_run
 import numpy as np
 import onnx
 import pytest
@@ -18,14 +17,13 @@ from ffn_graphs import Sketch, transformer
 from ffnfold.cli import main
 from ffnfold.graph.errors import InputError
 from ffnfold.graph.model import Model
-from ffnfold.passes.fitting.evidence import OutOfTimeError
 from ffnfold.passes.plan import Plan
 from ffnfold.passes.runner import run_plan
 from ffnfold.runtime import Feeds, open_session, parse_limit
 from ffnfold.search import SearchJob, search_file
-from ffnfold.search.candidates import HEAD, OTHERS, Candidate, plan_of
+from ffnfold.search.candidates import Candidate, plan_of
 from ffnfold.search.run import Search
-from ffnfold.search.scoring import Bench, Setting, weight_bytes
+from ffnfold.search.scoring import weight_bytes
 from ffnfold.search.workshop import Workshop
 from ffnfold.search.yardstick import Yardstick, next_token_loss
 from rewriting import Branch, in_branch
@@ -134,71 +132,6 @@ def test_the_users_own_metric_is_what_is_limited(start, tmp_path):
     assert 0 < chosen["damage"]["score@model"] <= 0.9  # on feeds that choose; on those that report it may be missed, and said
     assert report["ok"] == (0 < report["own"]["score"] <= 0.9)
     assert {name for point in report["points"] for name in point["damage"]} == {"score@model"}
-
-
-def test_the_last_block_has_its_part_of_the_time(monkeypatch):
-    """What one block leaves of its part is the others'."""
-    clock, measured = [0.0], []
-
-    class Slow:
-        def score(self, unit, each, until):
-            assert until == 40.0
-            clock[0] += 0.5 if unit == 1 else 3.0
-            return {}
-
-    monkeypatch.setattr(search_run.time, "monotonic", lambda: clock[0])
-    search = Search.__new__(Search)
-    search.progress, search.bench = print, Slow()
-    wanted = {unit: [Candidate(64 * width) for width in range(1, 8)] for unit in range(4)}
-    search._score_here(wanted, 40.0, lambda unit, each, scored: measured.append(unit))
-    assert [measured.count(unit) for unit in range(4)] == [4, 7, 5, 4]
-
-
-def test_where_measuring_took_all_the_time_what_needs_no_fit_is_built_all_the_same(model, feeds, tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "_MOST_ROUNDS", 15)
-    monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
-    monkeypatch.setattr(Search, "over", True)
-    report = search_file(SearchJob(model, tmp_path / "out.onnx", feeds, limits=[parse_limit("cosine_mean=0.1")], threads=1,
-                                   cache=tmp_path / "cache", beside=False, minutes=2))
-    known = {json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")}
-    assert any("removed" in key for key in known if key.startswith("('alone'"))
-    assert len(report["points"]) in (2, 3)  # as it was, and what is best without a fit, with all blocks there and without
-    assert any("remove-ffn" in str(point["plan"]) for point in report["points"])
-    assert not any("slim-ffn" in str(point["plan"]) for point in report["points"])
-    assert report["speedup"] > 1
-
-
-def test_affine_maps_come_first_in_a_short_search(model, feeds, tmp_path, monkeypatch):
-    """From moments of the inputs alone, for all blocks before the neurons of any."""
-    said = []
-    search = Search(SearchJob(model, tmp_path / "out.onnx", feeds, limits=[parse_limit("cosine_mean=0.9")], threads=1,
-                              cache=tmp_path / "cache", minutes=5), said.append)
-    search.saved = {}
-    search._alone()
-    order = [message for message in said if message.startswith("moments")]
-    assert order == [f"moments of {what}block {unit}" for what in ("the input of ", "") for unit in range(3)]
-
-
-def test_moments_that_are_late_are_given_up(model, feeds):
-    bench = Bench(Setting(model, feeds, "cpu", 1))
-    with pytest.raises(OutOfTimeError):
-        bench.score(1, Candidate(0), time.monotonic() - 1)
-    late, whole = bench.score(1, Candidate(0)), bench.score(1, Candidate(64))
-    assert "drift" in whole
-    after = Bench(Setting(model, feeds, "cpu", 1))
-    after.score(1, Candidate(64))
-    again = after.score(1, Candidate(0))  # from the moments that are there, those of neurons too
-    assert late["drift"]["y"]["rel_l2"] == pytest.approx(again["drift"]["y"]["rel_l2"], rel=1e-6)
-    assert again["moments"] == 0
-
-
-def test_units_that_save_most_are_measured_first():
-    search = Search.__new__(Search)
-    gone, int8 = Candidate(removed=True), Candidate(form="int8")
-    search.saved = {(0, int8): 0.1, (0, gone): 0.9, (1, int8): 0.1, (HEAD, int8): 0.4}
-    wanted = {0: [int8, gone], 1: [int8], OTHERS: [], HEAD: [int8]}
-    assert list(search._promising(wanted)) == [HEAD, 0, 1, OTHERS]
-    assert search._promising(wanted)[0] == wanted[0]
 
 
 def test_what_would_be_measured_is_said_and_nothing_written(model, feeds, tmp_path):

@@ -1,0 +1,122 @@
+"""What is measured of each form by itself where there is little time, and in which order."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+
+import ffnfold.passes.optimize as optimize
+import ffnfold.search.alone as alone
+import ffnfold.search.latency as latency
+import pytest
+from ffnfold.passes.fitting.evidence import OutOfTimeError
+from ffnfold.runtime import parse_limit
+from ffnfold.search import SearchJob, search_file
+from ffnfold.search.alone import Alone, promising
+from ffnfold.search.candidates import HEAD, KEEP, OTHERS, Candidate
+from ffnfold.search.run import Search
+from ffnfold.search.scoring import Bench, Setting
+
+INT8 = Candidate(form="int8")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(latency, "_MOST_ROUNDS", 15)
+    monkeypatch.setattr(optimize, "race", partial(optimize.race, seconds=0.1))
+
+
+@pytest.fixture
+def job(model, feeds, tmp_path):
+    """A search with a limit that everything keeps."""
+    return partial(SearchJob, model, tmp_path / "out.onnx", feeds, limits=[parse_limit("cosine_mean=0.1")], threads=1,
+                   cache=tmp_path / "cache", beside=False)
+
+
+def test_the_last_block_has_its_part_of_the_time(monkeypatch):
+    """What one block leaves of its part is the others'."""
+    clock, measured = [0.0], []
+
+    class Slow:
+        def score(self, unit, each, until):
+            assert until == 40.0
+            clock[0] += 0.5 if unit == 1 else 3.0
+            return {}
+
+    monkeypatch.setattr(alone.time, "monotonic", lambda: clock[0])
+    wanted = {unit: [Candidate(64 * width) for width in range(1, 8)] for unit in range(4)}
+    Alone(None, Slow(), None, wanted, False, print).score_here(wanted, 40.0, lambda unit, each, scored: measured.append(unit))
+    assert [measured.count(unit) for unit in range(4)] == [4, 7, 5, 4]
+
+
+def test_units_that_save_most_are_measured_first():
+    gone = Candidate(removed=True)
+    saved = {(0, INT8): 0.1, (0, gone): 0.9, (1, INT8): 0.1, (HEAD, INT8): 0.4}
+    wanted = {0: [INT8, gone], 1: [INT8], OTHERS: [], HEAD: [INT8]}
+    assert list(promising(wanted, saved)) == [HEAD, 0, 1, OTHERS]
+    assert promising(wanted, saved)[0] == wanted[0]
+
+
+def test_moments_that_are_late_are_given_up(model, feeds):
+    bench = Bench(Setting(model, feeds, "cpu", 1))
+    with pytest.raises(OutOfTimeError):
+        bench.score(1, Candidate(0), time.monotonic() - 1)
+    late, whole = bench.score(1, Candidate(0)), bench.score(1, Candidate(64))
+    assert "drift" in whole
+    after = Bench(Setting(model, feeds, "cpu", 1))
+    after.score(1, Candidate(64))
+    again = after.score(1, Candidate(0))  # from the moments that are there, those of neurons too
+    assert late["drift"]["y"]["rel_l2"] == pytest.approx(again["drift"]["y"]["rel_l2"], rel=1e-6)
+    assert again["moments"] == 0
+
+
+def test_affine_maps_come_first_in_a_short_search(job):
+    """From moments of the inputs alone, for all blocks before the neurons of any."""
+    said = []
+    search = Search(job(minutes=5), said.append)
+    search.saved = {}
+    search._alone()
+    order = [message for message in said if message.startswith("moments")]
+    assert order == [f"moments of {what}block {unit}" for what in ("the input of ", "") for unit in range(3)]
+
+
+@pytest.mark.parametrize("minutes", [5, 20])
+def test_in_a_short_search_integers_are_measured_in_all_blocks_together(job, minutes):
+    search = Search(job(minutes=minutes), lambda message: None)
+    forms = [each for each in search.candidates[0] if each.form and not each.fitted]
+    for unit in (OTHERS, *range(3)):
+        search.candidates[unit] = [KEEP, *forms]
+    assert [unit for unit, several in search.measuring.unknown().items() if several] == ([OTHERS] if minutes < 10 else
+                                                                                        [0, 1, 2, OTHERS])
+    search.measuring.measure({}, time.monotonic() + 60)
+    known = search.measuring.known()
+    units = {(unit, each): known[unit, each]["units"] for unit in range(3) for each in forms}
+    assert set(units.values()) == {3 if minutes < 10 else 1}
+    assert not any(unit == OTHERS for unit, _ in known)  # this model has no linears outside its blocks
+    assert not any(search.measuring.unknown().values())
+    together = search.bench.yardstick.measure(search.bench.workshop.rewritten(dict.fromkeys(range(3), forms[0]), {}))
+    whole = 1 - together["y"]["cosine_mean"]
+    shares = sum((1 - known[unit, forms[0]]["drift"]["y"]["cosine_mean"]) / known[unit, forms[0]]["units"] for unit in range(3))
+    assert shares == pytest.approx(whole, rel=1e-6 if minutes < 10 else 0.9)
+
+
+@pytest.mark.timeout(300)
+def test_where_measuring_took_all_the_time_what_needs_no_fit_is_built_all_the_same(job, tmp_path, monkeypatch, quick):
+    monkeypatch.setattr(Search, "over", True)
+    report = search_file(job(minutes=2))
+    known = {json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")}
+    assert any("removed" in key for key in known if key.startswith("('alone'"))
+    assert len(report["points"]) in (2, 3)  # as it was, and what is best without a fit, with all blocks there and without
+    assert any("remove-ffn" in str(point["plan"]) for point in report["points"])
+    assert not any("slim-ffn" in str(point["plan"]) for point in report["points"])
+    assert report["speedup"] > 1
+
+
+@pytest.mark.timeout(300)
+def test_with_no_time_at_all_there_is_a_plan(job, tmp_path, quick):
+    report = search_file(job(minutes=0.001))
+    assert report["ok"]
+    assert len(report["points"]) > 1
+    known = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
+    assert sum(key.startswith(("('alone'", "('together'")) for key in known) <= 2

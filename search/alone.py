@@ -24,15 +24,18 @@ class Alone:
 
     Attributes:
         candidates: unit → what may become of it, to keep it first.
-        short: there is little time. Forms that need no fit are then measured once, in all blocks together.
     """
 
     job: SearchJob
     bench: Bench
     records: Records
     candidates: Several
-    short: bool
     progress: Callable[[str], None]
+
+    @property
+    def short(self) -> bool:
+        """Whether there is little time."""
+        return self.bench.setting.short
 
     def measure(self, saved: Mapping[tuple[int, Candidate], float], until: float) -> None:
         """Measure what is not known, until the time (of ``time.monotonic()``) is over.

@@ -51,7 +51,7 @@ class Search:
         self._until = time.monotonic() + 60 * job.minutes
         self._began = time.monotonic()
         self.setting = Setting(job.model, job.data, job.target, job.threads, job.perplexity, job.score,
-                               job.all_logits)
+                               job.all_logits, short=job.minutes < _SHORT)
         progress(f"reading {job.model}")
         self.bench = Bench(self.setting, progress)
         check_apart(job.output, self.bench.workshop.original)
@@ -64,8 +64,8 @@ class Search:
         self.timings = Records(folder / "latency")
         self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
         self.fits = Fits(folder / identity / "fits")
-        self.candidates = self.bench.workshop.candidates(few=job.minutes < _SHORT)
-        self.measuring = Alone(job, self.bench, self.records, self.candidates, job.minutes < _SHORT, progress)
+        self.candidates = self.bench.workshop.candidates(few=self.setting.short)
+        self.measuring = Alone(job, self.bench, self.records, self.candidates, progress)
         self.points: dict[str, Point] = {}
         self._refused = ""
         self.models: FrontModels | None = None

@@ -32,6 +32,7 @@ class Setting:
     Attributes:
         model, data: files, as the client sees them.
         archive: of copies of them, for workers that see no such files.
+        short: an affine map alone is fitted to moments without those of neurons, which take longer; they differ by rounding.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Setting:
     score: str | None = None
     logits: tuple[str, ...] = ()
     archive: str = ""
+    short: bool = False
 
 
 class Bench:
@@ -91,7 +93,7 @@ class Bench:
         fits: dict[int, NeuronFit] = {}
         try:
             if each.neurons is not None:
-                evidence = self._moments(unit, neurons=each.neurons > 0)
+                evidence = self._moments(unit, neurons=each.neurons > 0 or not self.setting.short)
                 if not evidence.rows:
                     return {"refused": evidence.finite.why_none("").reason}
                 fits[unit] = self.workshop.fit(unit, each, evidence)
@@ -109,8 +111,7 @@ class Bench:
             return _refused(error)
 
     def _moments(self, unit: int, neurons: bool) -> Evidence:
-        """Of a block; those of its neurons, which take longer, only where they are wanted or there already."""
-        if self._unit == unit and self._evidence is not None and (self._neurons or not neurons):
+        if self._unit == unit and self._evidence is not None and self._neurons == neurons:
             return self._evidence
         started = time.perf_counter()
         self._evidence = None  # let go of it before the next is made

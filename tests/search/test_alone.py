@@ -62,10 +62,40 @@ def test_moments_that_are_late_are_given_up(model, feeds):
     bench = Bench(Setting(model, feeds, "cpu", 1, short=True))
     with pytest.raises(OutOfTimeError):
         bench.score(1, Candidate(0), time.monotonic() - 1)
+    bench.score(0, Candidate(0))
+    with pytest.raises(OutOfTimeError):
+        bench.score(1, Candidate(0), time.monotonic() - 1)
     late = bench.score(1, Candidate(0))
     assert "drift" in bench.score(1, Candidate(64))
     again = Bench(Setting(model, feeds, "cpu", 1)).score(1, Candidate(0))  # with moments of neurons
     assert late["drift"]["y"]["rel_l2"] == pytest.approx(again["drift"]["y"]["rel_l2"], rel=1e-6)
+
+
+def test_what_was_measured_before_it_was_late_is_kept():
+    class Late:
+        def score(self, unit, each, until):
+            if unit == 1:
+                raise OutOfTimeError
+            return {}
+
+    measured = []
+    wanted = {unit: [Candidate(64)] for unit in range(3)}
+    Alone(None, Late(), None, wanted, print).score_here(wanted, time.monotonic() + 60,
+                                                        lambda unit, each, scored: measured.append(unit))
+    assert measured == [0]
+
+
+def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job):
+    """The model has no linears outside its blocks: of those it is known that they cannot be rounded."""
+    said = []
+    search = Search(job(minutes=5), said.append)
+    for unit in (OTHERS, *range(3)):
+        search.candidates[unit] = [KEEP, INT8, Candidate(form="8-bit"), Candidate(0)]
+    saved = {(unit, each): value for unit in (OTHERS, *range(3)) for each, value in ((INT8, 0.1), (Candidate(form="8-bit"), 0.2))}
+    search.measuring.measure(saved, time.monotonic() - 1)
+    assert [message for message in said if message.startswith("drift")] == ["drift of all blocks together: 8-bit",
+                                                                            "drift of attention: int8"]
+    assert len(search.measuring.known()) == 3
 
 
 def test_affine_maps_come_first_in_a_short_search(job):

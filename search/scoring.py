@@ -12,7 +12,7 @@ from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
-from ..passes.fitting.evidence import Evidence, OutOfTimeError
+from ..passes.fitting.evidence import Evidence
 from ..passes.fitting.neuron_fit import NeuronFit
 from ..passes.split import Split, load_split
 from ..runtime.specs import input_specs
@@ -118,14 +118,15 @@ class Bench:
         order = list(self.workshop.blocks)
         gone_by = self._unit is None or order.index(unit) <= order.index(self._unit)
         if self._coming is None or gone_by or self._neurons != neurons:
-            self._coming, self._neurons = self.workshop.evidence(order, neurons=neurons, late=self._late), neurons
+            self._coming, self._neurons = self.workshop.evidence(order[order.index(unit):], neurons=neurons,
+                                                                     late=self._late), neurons
         try:
             for index, evidence in self._coming:
                 if index == unit:
                     self._unit, self._evidence, self._waited = unit, evidence, time.perf_counter() - started
                     return evidence
-        except OutOfTimeError:
-            self._coming = None
+        except BaseException:
+            self._coming = None  # it is at its end
             raise
         raise InputError(f"there is no block {unit}")
 

@@ -131,7 +131,7 @@ class Streams:
             more: values with their features where the block has them, whose features come behind those.
             keep: takes the inputs, the targets and the weights themselves (of varied copies what is fitted to alone).
             as_read: t goes through the metric of what reads it (see :mod:`read_metric`), where there is one.
-            late: asked before each feed.
+            late: asked after each feed.
 
         Raises:
             OutOfTimeError: it was ``late``.

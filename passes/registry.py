@@ -25,6 +25,7 @@ from .remove_attention import RemoveAttention
 from .remove_ffn import RemoveFFN
 from .remove_layer import RemoveLayer
 from .share_ffn import ShareFFN
+from .skip_padding import SkipPadding
 from .slim_ffn import SlimFFN
 from .sparsify_ffn import SparsifyFFN
 from .split_ffn import SplitFFN
@@ -33,7 +34,7 @@ from .to_half import ToHalf
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul,
     LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN,
-    SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
+    SkipPadding, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

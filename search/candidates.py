@@ -147,8 +147,8 @@ def quantizing(form: str, target: str, units: Collection[int], *, timed: bool = 
     return QuantizeFFN(blocks, **options)  # type: ignore[arg-type]
 
 
-def plan_of(choice: Choice, target: str) -> Plan:
-    """The plan of a choice: what is exact, what is removed, what is fitted (all in one pass), what is quantized."""
+def plan_of(choice: Choice, target: str, last: Sequence[Pass] = ()) -> Plan:
+    """The plan of a choice: what is exact, what is removed, what is fitted (all in one pass), what is quantized, and ``last``."""
     passes = exact_passes()
     gone = [unit for unit, each in choice.items() if each.removed]
     if gone:
@@ -167,7 +167,7 @@ def plan_of(choice: Choice, target: str) -> Plan:
         units = [unit for unit, each in choice.items() if each.form == form]
         if units:
             passes.append(quantizing(form, target, units))
-    return Plan(tuple(passes))
+    return Plan((*passes, *last))
 
 
 def _blocks(units: list[int]) -> Blocks:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 
 from ..graph.check import prune
 from ..graph.model import Model
 from ..passes.proof.spans import find_spans
+from ..passes.skip_padding import SkipPadding
 from ..runtime import Feeds, Variant, open_session, race
+from ..runtime.padding import Padding
 from .candidates import KEEP, Candidate
 from .workshop import Workshop
 
@@ -46,7 +49,7 @@ def race_whole(models: Sequence[Model], traffic: Sequence[Traffic], *, target: s
 
 def milliseconds_of_base(workshop: Workshop, traffic: Sequence[Traffic]) -> tuple[float, float]:
     """Time of the original and of the model after the exact passes, in ms, over all shapes: Σ weight · t."""
-    models = [workshop.original, *([workshop.base.copy()] if workshop.fired else [])]
+    models = [workshop.original, *([workshop.finished_base()] if workshop.fired or workshop.last else [])]
     totals = _milliseconds(models, traffic, workshop.target, workshop.threads)
     return totals[0], totals[-1]
 
@@ -69,7 +72,8 @@ def saved_in_whole(workshop: Workshop, unit: int, each: Candidate, traffic: Sequ
     trial = workshop.rewritten({unit: each}, {}, timed=True)
     if trial is None:
         return {"saved": None}
-    times = race_whole([workshop.base.copy(), trial], traffic, target=workshop.target, threads=workshop.threads)
+    models = [workshop.finished_base(), workshop.finished(trial)]
+    times = race_whole(models, traffic, target=workshop.target, threads=workshop.threads)
     return {"saved": 1.0 - times[1]}
 
 
@@ -158,5 +162,17 @@ def _captured(workshop: Workshop, names: Sequence[str], feeds: Feeds) -> list[di
     session = open_session(workshop.base, provider=workshop.target, threads=workshop.threads, outputs=list(names), only=True,
                            lean=True)
     taken = {spec.name for spec in session.inputs}
-    return [{**feed, **session.run({key: value for key, value in feed.items() if key in taken}, names)} for feed in feeds[:2]]
+    packs = any(isinstance(each, SkipPadding) for each in workshop.last)
+    found = []
+    for feed in feeds[:2]:
+        values = session.run({key: value for key, value in feed.items() if key in taken}, names)
+        found.append({**feed, **(_packed(values, Padding(feed)) if packs else values)})
+    return found
+
+
+def _packed(values: Mapping[str, Any], padding: Padding) -> dict[str, Any]:
+    """Values ``[batch, tokens, d]`` without their rows of padding, as ``[1, rows, d]``."""
+    kept = {name: padding.kept(value.shape) if value.ndim == 3 else None for name, value in values.items()}
+    return {name: value if kept[name] is None else value.reshape(-1, value.shape[-1])[kept[name]][None]
+            for name, value in values.items()}
 

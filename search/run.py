@@ -19,6 +19,7 @@ from .alone import Alone
 from .candidates import HEAD, KEEP, MEANING, OTHERS, Candidate, Choice, name_of, plan_of
 from .choice import choose, text_of
 from .estimate import estimate
+from .finishing import FINISHING, finishing_passes, passes_of
 from .front import Expected, Point
 from .front_models import FrontModels
 from .goal import OWN, Row, rows_of
@@ -96,6 +97,10 @@ class Search:
                 self.models.close()
 
     def _latency(self) -> None:
+        shop = self.bench.workshop
+        ending = self.records.measure(partial(finishing_passes, shop, self.traffic), "finishing", FINISHING, self._machine)
+        shop.last = passes_of(ending["passes"])
+        self._machine = (*self._machine, *ending["passes"])
         self.base_ms = self.records.measure(partial(self._telling, "timing the model", milliseconds_of_base,
                                                     self.bench.workshop, self.traffic), "base", self._machine)
         self.saved: dict[tuple[int, Candidate], float] = {}
@@ -192,7 +197,7 @@ class Search:
         return text_of(choice) not in self.points and (late or not self.over or not self._unbuilt(choice))
 
     def _unbuilt(self, choice: Choice) -> bool:
-        return self.records.get("built", plan_of(choice, self.job.target).to_yaml(), self._machine) is None
+        return self.records.get("built", self._plan(choice).to_yaml(), self._machine) is None
 
     def _shares(self, unit: int, each: Candidate) -> list[tuple[Candidate, float]]:
         """What was measured of a candidate, and how much of it: of a pair only the neurons left change their form."""
@@ -208,12 +213,15 @@ class Search:
 
     def measured(self, choice: Choice, expected: Expected) -> Point:
         """The model of a choice, built and measured, or as it was measured before; its time is infinite where it is refused."""
-        plan = plan_of(choice, self.job.target)
+        plan = self._plan(choice)
         found = self.records.measure(partial(self._build, choice, plan), "built", plan.to_yaml(), self._machine)
         if "refused" in found:
             self._refused = self._refused or found["refused"]
             return Point(dict(choice), plan, {}, math.inf, 0, expected)
         return Point(dict(choice), plan, found["drift"], found["time"], found["bytes"], expected, found["parts"])
+
+    def _plan(self, choice: Choice) -> Plan:
+        return plan_of(choice, self.job.target, self.bench.workshop.last)
 
     def _build(self, choice: Choice, plan: Plan) -> dict[str, Any]:
         self.progress(f"plan: {text_of(choice)}")

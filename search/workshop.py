@@ -12,7 +12,7 @@ from ..graph.block import FFNBlock
 from ..graph.ffn import find_ffn_blocks
 from ..graph.model import Model
 from ..graph.narrow import why_not_narrow
-from ..passes.base import Context
+from ..passes.base import Context, Pass
 from ..passes.blocks import Blocks
 from ..passes.factorize_ffn import FactorizeFFN
 from ..passes.fitting.evidence import Evidence, Streams
@@ -39,6 +39,7 @@ class Workshop:
         base: the same after the exact passes.
         blocks: index in the file → block in ``base``.
         fired: exact passes that did something.
+        last: exact passes that end every plan, as they make this model faster here.
     """
 
     def __init__(self, path: Path, fit: Feeds, target: str, threads: int | None,
@@ -53,6 +54,8 @@ class Workshop:
         results = run_plan(self.base, Plan(tuple(exact)), provider=target, threads=threads, progress=progress,
                            after=lambda done: ledger.refresh(exact[done - 1].name))
         self.fired = sum(result.fired for result in results)
+        self.last: tuple[Pass, ...] = ()
+        self._finished: tuple[tuple[Pass, ...], Model] | None = None
         self.blocks: dict[int, FFNBlock] = ledger.blocks
 
     def candidates(self, few: bool = False) -> dict[int, list[Candidate]]:
@@ -143,6 +146,18 @@ class Workshop:
             rounding = quantizing(form, self.target, [*outside, *indices], timed=timed)
             if not rounding.run(trial, self._context(trial, few=True)).fired:
                 return None
+        return trial
+
+    def finished_base(self) -> Model:
+        """``base`` after the passes that end every plan; not to be rewritten."""
+        if self._finished is None or self._finished[0] != self.last:
+            self._finished = self.last, self.finished(self.base)
+        return self._finished[1]
+
+    def finished(self, model: Model) -> Model:
+        """A copy of ``model`` after the passes that end every plan."""
+        trial = model.copy()
+        run_plan(trial, Plan(self.last), provider=self.target, threads=self.threads, progress=self.progress)
         return trial
 
     def find(self, model: Model, unit: int) -> FFNBlock | None:

@@ -6,12 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...graph.errors import InputError
 from ...graph.model import Model
 from ...runtime import Feeds, Session, Source, open_session
 from ...runtime.adversarial import adversarial_feeds
 from ...runtime.agreement import disagreement, largest_difference
 from ...runtime.executed import count_ops, executed_ops
+from ...runtime.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Equivalence:
         operators: for each operator that ONNX Runtime executes another number of times (fusions lost and gained show
             here): ``before`` and ``after``.
         differences: kind of inputs → largest ``max|after − before| / max|before|`` over feeds and outputs; a sentence
-            where the outputs differ in kind (type, shape, what is finite); None where neither model takes such inputs.
+            where the outputs differ in kind (type, shape, what is finite); None where neither model takes such inputs. Rows of
+            padding do not count.
     """
 
     nodes: dict[str, int]
@@ -88,7 +92,15 @@ def _difference(ours: Session, theirs: Session, feed: dict[str, Any]) -> float |
     first, second = _run(ours, feed), _run(theirs, feed)
     if first is None or second is None:
         return None if first is second else f"only the {'second' if first is None else 'first'} model takes them"
+    padding = Padding(feed)
+    first, second = ({name: _counted(value, padding) for name, value in each.items()} for each in (first, second))
     return disagreement(first, second) or largest_difference(first, second)
+
+
+def _counted(value: Any, padding: Padding) -> Any:
+    """``value`` without its rows of padding, where it has some."""
+    kept = padding.kept(value.shape) if isinstance(value, np.ndarray) and value.ndim > 1 else None
+    return value if kept is None else value.reshape(-1, value.shape[-1])[kept]
 
 
 def _run(session: Session, feed: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,139 @@
+"""The part of a graph that can work on the tokens that are no padding alone, and the edit that makes it do so.
+
+    real  = mask ≠ 0, and the very first token                          [batch · tokens]
+    index = the positions of real, place = how many are real up to each, less 1
+    pack    x [batch, tokens, d]  →  x[index]        [1, n, d]          n = Σ real
+    unpack  x [1, n, d]           →  x[place]        [batch, tokens, d]
+
+A row of padding holds that of the token before it after ``unpack``: a finite number, which nothing may read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from ...graph.builder import Builder
+from ...graph.edit import consumers, is_output, producer, set_input
+from ...graph.model import Model
+from ...graph.sort import topological
+from ...graph.token_wise import Kind, is_product, is_token_wise
+
+KindOf = Callable[[gs.Tensor], Kind]
+_END = (1 << 63) - 1
+
+
+def packable(graph: gs.Graph, kind: KindOf, opset: int) -> list[gs.Node]:
+    """Nodes that can work on packed rows and are worth it, in order of execution.
+
+    That is every product with a matrix, what lies between two of them, and what follows from those alone. What is in front of the
+    first and adds several values up stays, as each of them would have to be packed.
+    """
+    nodes = [node for node in topological(graph.nodes) if is_token_wise(node, kind, opset)]
+    chosen: dict[int, gs.Node] = {}
+    for node in reversed(nodes):
+        read_by = [reader for output in node.outputs if kind(output) is Kind.TOKENS for reader in consumers(output)]
+        if is_product(node) or any(id(reader) in chosen for reader in read_by):
+            chosen[id(node)] = node
+    for node in nodes:
+        inside = [id(producer(tensor)) in chosen for tensor in rows_in(node, kind)]
+        if id(node) in chosen and not is_product(node) and len(inside) > 1 and not any(inside):
+            del chosen[id(node)]
+        elif id(node) not in chosen and all(inside):
+            chosen[id(node)] = node
+    return [node for node in nodes if id(node) in chosen]
+
+
+def rows_in(node: gs.Node, kind: KindOf) -> list[gs.Tensor]:
+    """The inputs of ``node`` that hold a row for each token, each once."""
+    return list({id(tensor): tensor for tensor in node.inputs if kind(tensor) is Kind.TOKENS}.values())
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs and unpacks values of one graph by one mask.
+
+    Attributes:
+        mask: ``[batch, tokens]``, 0 where a token is padding.
+        width: d of a value.
+        first: rows of padding hold the very first row and not the one before them: to see whether anything reads them.
+    """
+
+    model: Model
+    graph: gs.Graph
+    mask: gs.Tensor
+    kind: KindOf
+    width: Callable[[gs.Tensor], int]
+    first: bool = False
+
+    def pack(self, nodes: Sequence[gs.Node]) -> None:
+        """Let ``nodes`` work on packed rows."""
+        inside = {id(node) for node in nodes}
+        packed: dict[int, gs.Tensor] = {}
+        like: dict[int, gs.Tensor] = {}  # of each width, a value whose rows stay as they were
+        for node in nodes:
+            for tensor in rows_in(node, self.kind):
+                if id(tensor) not in packed and id(producer(tensor)) not in inside:
+                    packed[id(tensor)] = self._packed(tensor)
+                    like.setdefault(self.width(tensor), tensor)
+        for node in nodes:
+            for index, tensor in enumerate(node.outputs):
+                if tensor.name and self.kind(tensor) is Kind.TOKENS:
+                    packed[id(tensor)] = self._given(node, index, inside, like)
+        for node in nodes:
+            for index, tensor in enumerate(node.inputs):
+                if id(tensor) in packed:
+                    set_input(node, index, packed[id(tensor)])
+
+    def _packed(self, tensor: gs.Tensor) -> gs.Tensor:
+        flat = self._build.op("Reshape", tensor, self._flat(tensor), hint="rows")
+        return self._build.op("Gather", flat, self._index, hint="packed", axis=0)
+
+    def _given(self, node: gs.Node, index: int, inside: set[int], like: dict[int, gs.Tensor]) -> gs.Tensor:
+        """What ``node`` gives from now on, packed. The value it gave before is unpacked from that, where anything reads it."""
+        tensor = node.outputs[index]
+        for reader in consumers(tensor):
+            if reader.op == "Shape" and self.width(tensor) in like:
+                set_input(reader, 0, like[self.width(tensor)])
+        packed = gs.Variable(self.model.names.fresh(f"{tensor.name}_packed"), dtype=tensor.dtype)
+        list.__setitem__(node.outputs, index, packed)
+        list.append(packed.inputs, node)
+        list.clear(tensor.inputs)
+        if is_output(self.graph, tensor) or any(id(reader) not in inside for reader in consumers(tensor)):
+            flat = self._build.op("Reshape", packed, self._flat(tensor), hint="rows")
+            self._build.nodes("Gather", [flat, self._place], [tensor], hint="unpacked", axis=0)
+        return packed
+
+    @cached_property
+    def _build(self) -> Builder:
+        return Builder(self.model, self.graph, "/packed")
+
+    def _flat(self, tensor: gs.Tensor) -> gs.Tensor:
+        return self._build.integers([-1, self.width(tensor)], "flat")
+
+    @cached_property
+    def _real(self) -> gs.Tensor:
+        build = self._build
+        flat = build.op("Reshape", self.mask, build.integers([-1], "all"), hint="mask")
+        kept = build.op("Cast", flat, hint="kept", to=int(onnx.TensorProto.BOOL))
+        rest = build.op("Slice", kept, build.integers([1], "start"), build.integers([_END], "end"), hint="rest")
+        return build.op("Concat", build.constant_as(np.ones(1), onnx.TensorProto.BOOL, "one"), rest, hint="real", axis=0)
+
+    @cached_property
+    def _index(self) -> gs.Tensor:
+        return self._build.op("NonZero", self._real, hint="index")
+
+    @cached_property
+    def _place(self) -> gs.Tensor:
+        build = self._build
+        ones = build.op("Cast", self._real, hint="ones", to=int(onnx.TensorProto.INT64))
+        axis = build.constant(np.asarray(0, np.int64), "axis")
+        place = build.op("Sub", build.op("CumSum", ones, axis, hint="counted"), build.integers([1], "less"), hint="place")
+        if self.first:
+            place = build.op("Mul", place, ones, hint="first")
+        return build.op("Reshape", place, build.op("Shape", self.mask, hint="sizes"), hint="places")

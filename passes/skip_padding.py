@@ -1,0 +1,177 @@
+"""skip-padding: tokens that are padding are not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from ..graph.errors import InputError
+from ..graph.model import Model
+from ..graph.token_wise import Kind, is_product
+from ..runtime import Feed, Feeds, InputSpec, compare, input_specs, open_session, synthetic_feeds
+from .base import Context, Pass, PassResult, Refused
+from .exact.packing import Packer, packable
+
+MASK = "attention_mask"
+_TOKENS = ("input_ids", "inputs_embeds")
+_SIZES = ((3, 8), (2, 5))  # batch and tokens of the runs that shapes are read from
+_OLDEST = 11  # opset
+_ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
+_LEAK = 1e-4
+_SAME, _SAME_HALF, _SAME_ROUNDED = 1e-3, 3e-2, 0.5
+"""Relative error against the model as it was: float32, float16, and where scales are taken over all rows, padding or not."""
+
+
+@dataclass(frozen=True)
+class SkipPadding(Pass):
+    """Compute what is computed for each token by itself for the tokens that are no padding.
+
+        y[b, t] = f(x[b, t])  for all b, t   →   y[b, t] = f(x[b, t])  where attention_mask[b, t] ≠ 0
+
+    Linears, norms, activations and residual sums, of attention and FFN alike, work on ``[1, n, d]``, the n rows that are no
+    padding; what mixes tokens (softmax(q kᵀ) v, pooling) gets ``[batch, tokens, d]`` back, in which a row of padding repeats
+    the token before it. The rows that are no padding stay the same but for the order of sums; with int8 whose scale is taken
+    over the whole value they get finer, as padding does not count any more. An output with a row for each token holds
+    repetitions where there is padding. The time of those parts falls by the part of the tokens that is padding; where there
+    is none, a few copies are made for nothing.
+
+    It is tried before it is done, on the first of the feeds given that has padding or on a made-up one: the outputs must be the
+    same, and the same again when other numbers stand in the rows of padding.
+
+    Does not fire without an input ``attention_mask [batch, tokens]`` of the same two dimensions as ``input_ids`` or
+    ``inputs_embeds`` (a decoder with a past has a longer one), where an output reads rows of padding (a mean over all
+    tokens), below opset 11, nor inside If, Loop and Scan. Put it last in a plan: other passes look for blocks on a stream of
+    tokens. Source: the packing of Effective Transformer (ByteDance, 2020) and of ByteTransformer (arXiv 2210.03052).
+    """
+
+    name: ClassVar[str] = "skip-padding"
+    exact: ClassVar[bool] = True
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Rewrite the main graph, or say why not."""
+        try:
+            found = _prepare(model, context)
+        except InputError as error:
+            found = Refused(f"it could not be tried: {' '.join(str(error).split())[:160]}")
+        if isinstance(found, Refused):
+            return self.result(0, [found])
+        return self.result(_pack(model, found), [])
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Shapes of the values of the main graph in two runs of different sizes, by name; ``sizes`` [batch, tokens] of each."""
+
+    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+
+    def kind(self, tensor: gs.Tensor) -> Kind:
+        known = tuple(tensor.shape) if isinstance(tensor, gs.Constant) else None
+        first, second = (known if known is not None else shapes.get(tensor.name) for shapes in self.shapes)
+        if first is None or second is None:
+            return Kind.OTHER
+        if len(first) == len(second) == 3 and (first[:2], second[:2]) == self.sizes and first[2] == second[2]:
+            return Kind.TOKENS
+        if first == second and len(first) <= 3 and all(dim == 1 for dim in first[:-1]):
+            return Kind.SAME
+        return Kind.MATRIX if first == second and len(first) == 2 else Kind.OTHER
+
+    def width(self, tensor: gs.Tensor) -> int:
+        return self.shapes[0][tensor.name][2]
+
+
+def _prepare(model: Model, context: Context) -> _Measured | Refused:
+    """What there is to be packed, once it is known to change nothing."""
+    specs = input_specs(model)
+    refused = _why_no_mask(model, specs)
+    if refused is not None:
+        return refused
+    context.progress("skip-padding: shapes of all values")
+    found = _measure(model, specs, context)
+    if isinstance(found, Refused):
+        return found
+    if not any(is_product(node) for node in packable(model.graphs()[0][1], found.kind, model.opset)):
+        return Refused("no linear works on values [batch, tokens, d]", MASK)
+    context.progress("skip-padding: trying it on padding")
+    return _why_not_same(model, found, _padded(model, specs, context), context) or found
+
+
+def _why_no_mask(model: Model, specs: Sequence[InputSpec]) -> Refused | None:
+    if model.opset < _OLDEST:
+        return Refused(f"opset {model.opset} has no CumSum: it takes opset {_OLDEST} or later")
+    named = {spec.name: spec for spec in specs}
+    mask, tokens = named.get(MASK), next((named[name] for name in _TOKENS if name in named), None)
+    if mask is None or tokens is None:
+        return Refused(f"there is no input '{MASK}' beside '{_TOKENS[0]}' or '{_TOKENS[1]}' that says what is padding",
+                       MASK if mask is None else _TOKENS[0])
+    if mask.shape is None or len(mask.shape) != 2 or None in mask.shape or mask.shape != (tokens.shape or ())[:2]:
+        return Refused(f"it is {mask.shape_text} and '{tokens.name}' {tokens.shape_text}: they must say to be of one batch and "
+                       "as many tokens", MASK)
+    return None
+
+
+def _measure(model: Model, specs: Sequence[InputSpec], context: Context) -> _Measured | Refused:
+    graph = model.graphs()[0][1]
+    names = [tensor.name for node in graph.nodes for tensor in node.outputs if tensor.name]
+    session = open_session(model, provider=context.provider, threads=context.threads, outputs=names, lean=True)
+    tensors = [spec.name for spec in session.outputs if spec.is_tensor]
+    found = []
+    for sizes in _SIZES:
+        feed = _made_up(model, specs, sizes)
+        values = session.run(feed, tensors)
+        shapes = {name: np.shape(value) for name, value in (*values.items(), *feed.items())}
+        found.append((shapes, feed[MASK].shape))
+    session.close()
+    return _Measured((found[0][0], found[1][0]), (found[0][1], found[1][1]))
+
+
+def _made_up(model: Model, specs: Sequence[InputSpec], sizes: tuple[int, int]) -> Feed:
+    """A feed whose first sequence has no padding, the others ever more."""
+    shape = next(spec.shape for spec in specs if spec.name == MASK)
+    assert shape is not None
+    wanted = tuple(dim if isinstance(dim, int) else size for dim, size in zip(shape, sizes, strict=True))
+    feed = dict(synthetic_feeds(specs, {MASK: wanted}, model=model)[0])
+    batch, tokens = wanted
+    lengths = np.linspace(tokens, max(1, tokens // 3), batch).astype(int)
+    feed[MASK] = (np.arange(tokens) < lengths[:, None]).astype(feed[MASK].dtype)
+    return feed
+
+
+def _padded(model: Model, specs: Sequence[InputSpec], context: Context) -> Feeds:
+    given = next((feed for feed in context.fit or () if MASK in feed and not np.all(feed[MASK])), None)
+    return Feeds.of([given if given is not None else _made_up(model, specs, _SIZES[0])])
+
+
+def _why_not_same(model: Model, found: _Measured, feeds: Feeds, context: Context) -> Refused | None:
+    trials = [model.copy() for _ in range(2)]
+    for number, trial in enumerate(trials):
+        _pack(trial, found, first=bool(number))
+    for other, bound, reason in ((trials[1], _LEAK, "it reads rows that are padding"),
+                                 (model, _bound(model, found), "it comes out otherwise without the rows that are padding")):
+        drift = compare(other, trials[0], feeds, provider=context.provider, threads=context.threads, allow_cpu=True, lean=True)
+        for name, metrics in drift.outputs.items():
+            error = metrics["rel_l2"]
+            if error is None or not error <= bound:
+                return Refused(reason if error is None else f"{reason} (relative error {error:.2g})", name)
+    return None
+
+
+def _bound(model: Model, found: _Measured) -> float:
+    nodes = packable(model.graphs()[0][1], found.kind, model.opset)
+    if any(node.op in _ROUNDING for node in nodes):
+        return _SAME_ROUNDED
+    types = {tensor.dtype for node in nodes for tensor in node.outputs}
+    return _SAME if types <= {None, np.dtype(np.float32), np.dtype(np.float64)} else _SAME_HALF
+
+
+def _pack(model: Model, found: _Measured, *, first: bool = False) -> int:
+    """Rewrite the main graph of ``model``; how many products work on packed rows then."""
+    graph = model.graphs()[0][1]
+    nodes = packable(graph, found.kind, model.opset)
+    mask = next(tensor for tensor in graph.inputs if tensor.name == MASK)
+    Packer(model, graph, mask, found.kind, found.width, first).pack(nodes)
+    return sum(is_product(node) for node in nodes)

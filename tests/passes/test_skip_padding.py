@@ -1,0 +1,318 @@
+"""skip-padding: rows of padding are not computed, the others stay the same, and models that read padding are left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from ffn_graphs import Sketch, ops, run
+from ffnfold.graph.model import Model
+from ffnfold.passes.base import PassResult
+from ffnfold.passes.plan import Plan
+from ffnfold.passes.proof.equivalence import equivalence
+from ffnfold.passes.runner import run_plan
+from ffnfold.runtime import Feeds, open_session
+from onnx import TensorProto, helper
+
+D, WORDS, LAYERS = 8, 40, 2
+PRODUCTS = 6 * LAYERS
+ROWS = ["batch", "tokens", D]
+MASKS = {
+    "right": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]],
+    "left": [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]],
+    "holes": [[0, 1, 0, 1, 1], [1, 0, 1, 0, 1], [0, 1, 1, 1, 0]],
+    "none": [[1, 1, 1, 1, 1]],
+    "one": [[0, 0, 0, 1, 0]],
+    "all": [[0, 0, 0], [0, 0, 0]],
+}
+
+
+class Encoder(Sketch):
+    """Layers of attention, with a mask, and FFN on embedded tokens."""
+
+    def __init__(self, *, dims: Any = ("batch", "tokens"), masked: bool = True, opset: int = 17, dtype: Any = np.float32,
+                 mask_type: int = TensorProto.INT64) -> None:
+        super().__init__(opset, dtype=dtype)
+        self.masked = masked
+        self.ids = self.input("input_ids", ["batch", "tokens"], TensorProto.INT64)
+        self.mask = self.input("attention_mask", dims, mask_type)
+        self.floats = self.op("Cast", self.mask, to=self.onnx_type)
+        self.axes = {axis: self.weight(np.asarray([axis], np.int64)) for axis in (1, 2)}
+        self.last = self.embedded()
+
+    def embedded(self) -> str:
+        return self.norm(self.op("Gather", self.weight(self.numbers(WORDS, D, scale=1.0)), self.ids), D)
+
+    def attention(self, x: str) -> str:
+        q, k, v = (self.linear(x, D, D) for _ in range(3))
+        scores = self.op("MatMul", self.op("Mul", q, self.number(D ** -0.5)), self.op("Transpose", k, perm=[0, 2, 1]))
+        if self.masked:
+            gone = self.op("Mul", self.op("Sub", self.floats, self.number(1)), self.number(3e4))
+            scores = self.op("Add", scores, self.op("Unsqueeze", gone, self.axes[1]))
+        return self.linear(self.op("MatMul", self.op("Softmax", scores, axis=-1), v), D, D)
+
+    def layers(self, count: int = LAYERS, **ffn: Any) -> str:
+        for number in range(count):
+            x = self.norm(self.op("Add", self.last, self.attention(self.last)), D)
+            self.last = self.norm(self.op("Add", x, self.ffn(x, D, 32, name=f"/{number}", **ffn), out=f"stream_{number}"), D)
+        return self.last
+
+    def give_rows(self, name: str = "y") -> Encoder:
+        self.op("Identity", self.last, out=self.output(name, ROWS))
+        return self
+
+    def give_mean(self, *, masked: bool = True) -> Encoder:
+        rows = self.last
+        if masked:
+            weights = self.op("Unsqueeze", self.floats, self.axes[2])
+            counted = self.op("Max", self.op("ReduceSum", weights, self.axes[1], keepdims=0), self.number(1e-3))
+            total = self.op("ReduceSum", self.op("Mul", rows, weights), self.axes[1], keepdims=0)
+            self.op("Div", total, counted, out=self.output("mean", ["batch", D]))
+        else:
+            self.op("ReduceMean", rows, out=self.output("mean", ["batch", D]), axes=[1], keepdims=0)
+        return self
+
+
+def encoder(**how: Any) -> Encoder:
+    made = Encoder(**how)
+    made.layers()
+    return made.give_rows().give_mean()
+
+
+def feed_of(mask: Any, dtype: Any = np.int64) -> dict[str, np.ndarray]:
+    given = np.asarray(mask)
+    return {"input_ids": np.random.default_rng(1).integers(0, WORDS, given.shape), "attention_mask": given.astype(dtype)}
+
+
+def skipped(s: Sketch, folder: Any, plan: list[str] | None = None, fit: Feeds | None = None) -> tuple[Model, PassResult]:
+    """The model after the pass (and what else the plan says), read back from a file."""
+    model = Model.load(s.save(folder / "model.onnx"))
+    result = run_plan(model, Plan.parse(plan or ["skip-padding"]), fit=fit, threads=1)[-1]
+    model.save(folder / "skipped.onnx")
+    return Model.load(folder / "skipped.onnx"), result
+
+
+def apart(before: dict[str, Any], after: dict[str, Any], mask: Any) -> float:
+    """The largest difference over outputs, rows of padding left out."""
+    worst = 0.0
+    for name, ours in before.items():
+        theirs = after[name]
+        assert (theirs.shape, theirs.dtype) == (ours.shape, ours.dtype)
+        assert np.isfinite(theirs).all()
+        if ours.ndim == 3:
+            ours, theirs = ours[np.asarray(mask) != 0], theirs[np.asarray(mask) != 0]
+        worst = max(worst, float(np.abs(theirs.astype(np.float64) - ours).max(initial=0)))
+    return worst
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("opset", [13, 17, 21])
+def test_what_is_no_padding_stays_the_same(tmp_path, mask, opset):
+    s = encoder(opset=opset)
+    model, result = skipped(s, tmp_path)
+    assert (result.fired, result.refused, result.exact) == (PRODUCTS, [], True)
+    feed = feed_of(mask)
+    assert apart(run(s.model(), feed), run(model, feed), mask) < 2e-6
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(TensorProto.INT32, np.int32), (TensorProto.BOOL, np.bool_),
+                                             (TensorProto.FLOAT, np.float32)])
+def test_masks_of_any_type(tmp_path, kind, dtype):
+    s = encoder(mask_type=kind)
+    model, result = skipped(s, tmp_path)
+    assert result.fired == PRODUCTS
+    feed = feed_of(MASKS["right"], dtype)
+    assert apart(run(s.model(), feed), run(model, feed), MASKS["right"]) < 2e-6
+
+
+def test_linears_get_the_rows_that_count(tmp_path):
+    s = encoder()
+    model, _ = skipped(s, tmp_path)
+    read = [node.input[0] for node in model.to_proto()[0].graph.node if node.op_type == "MatMul" and "weight" in node.input[1]]
+    assert len(read) == PRODUCTS
+    session = open_session(model, outputs=read)
+    for mask in (MASKS["right"], MASKS["holes"], MASKS["none"]):
+        found = session.run(feed_of(mask), read)
+        first = 1 - mask[0][0]  # the first token is there even where it is padding, so that there is always one
+        assert {found[name].shape[:2] for name in read} == {(1, int(np.sum(mask)) + first)}
+
+
+def test_rows_of_padding_hold_another_token(tmp_path):
+    model, _ = skipped(encoder(), tmp_path)
+    found = run(model, feed_of(MASKS["right"]))["y"]
+    assert np.array_equal(found[1, 3:], np.stack([found[1, 2]] * 2))
+
+
+def test_half_precision(tmp_path):
+    s = encoder(dtype=np.float16)
+    model, result = skipped(s, tmp_path)
+    assert result.fired == PRODUCTS
+    feed = feed_of(MASKS["right"])
+    assert apart(run(s.model(), feed), run(model, feed), MASKS["right"]) < 2e-2
+
+
+@pytest.mark.parametrize("plan", [["quantize-ffn:also=attention,row_scale=true"], ["quantize-ffn:row_scale=true"],
+                                  ["quantize-ffn:form=nbits"]])
+def test_integers_whose_scale_is_of_one_row(tmp_path, plan):
+    s = encoder()
+    integers = Model.load(s.save(tmp_path / "float.onnx"))
+    run_plan(integers, Plan.parse(plan), threads=1)
+    model, result = skipped(s, tmp_path, [*plan, "skip-padding"])
+    assert result.fired == PRODUCTS
+    feed = feed_of(MASKS["right"])
+    assert apart(run(integers, feed), run(model, feed), MASKS["right"]) < 1e-4
+
+
+def test_padding_does_not_count_in_a_scale_over_all_rows(tmp_path):
+    s = encoder()
+    plan = ["quantize-ffn:row_scale=false,smooth=none"]
+    model, result = skipped(s, tmp_path, [*plan, "skip-padding"])
+    assert result.fired == PRODUCTS
+    alone, padded = feed_of([[1, 1, 1]]), feed_of([[1, 1, 1, 0, 0]])
+    padded["input_ids"][:, :3] = alone["input_ids"]
+    ours, theirs = run(model, alone)["y"], run(model, padded)["y"][:, :3]
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_one_value_is_packed_where_several_are_added_up(tmp_path):
+    class Summed(Encoder):
+        def embedded(self) -> str:
+            words, kinds = (self.op("Gather", self.weight(self.numbers(WORDS, D, scale=1.0)), self.ids) for _ in range(2))
+            return self.norm(self.op("Add", words, kinds), D)
+
+    s = Summed()
+    s.layers(1)
+    s.give_rows()
+    model, _ = skipped(s, tmp_path)
+    gathers = ops(model).count("Gather") - ops(s.model()).count("Gather")
+    assert gathers == 1 + 3 + 1 + 1  # the sum is packed; q, k and v unpacked; what attention mixed packed; the output unpacked
+    assert apart(run(s.model(), feed_of(MASKS["right"])), run(model, feed_of(MASKS["right"])), MASKS["right"]) < 2e-6
+
+
+def test_positions_that_are_added_stay_where_they_are(tmp_path):
+    class Placed(Encoder):
+        def embedded(self) -> str:
+            words = self.op("Gather", self.weight(self.numbers(WORDS, D, scale=1.0)), self.ids)
+            size = self.op("Slice", self.op("Shape", self.ids), *(self.weight(np.asarray([n], np.int64)) for n in (1, 2)))
+            places = self.op("Slice", self.weight(self.numbers(16, D, scale=1.0)), self.weight(np.asarray([0], np.int64)), size)
+            return self.norm(self.op("Add", words, places), D)
+
+    s = Placed()
+    s.layers(1)
+    model, _ = skipped(s.give_rows(), tmp_path)
+    assert apart(run(s.model(), feed_of(MASKS["left"])), run(model, feed_of(MASKS["left"])), MASKS["left"]) < 2e-6
+
+
+def test_the_shape_of_a_value_is_still_that_of_all_tokens(tmp_path):
+    s = Encoder()
+    s.layers(1)
+    s.op("Shape", s.last, out=s.output("shape", [3], TensorProto.INT64))
+    s.linear(s.last, D, D)
+    s.give_rows()
+    model, _ = skipped(s, tmp_path)
+    assert run(model, feed_of(MASKS["right"]))["shape"].tolist() == [3, 5, D]
+
+
+def test_outputs_on_the_way_and_branches_get_all_rows(tmp_path):
+    s = Encoder()
+    s.layers(1)
+    inner = helper.make_graph([helper.make_node("Neg", [s.last], ["negative"])], "then", [],
+                              [helper.make_tensor_value_info("negative", TensorProto.FLOAT, None)])
+    other = helper.make_graph([helper.make_node("Abs", [s.last], ["positive"])], "else", [],
+                              [helper.make_tensor_value_info("positive", TensorProto.FLOAT, None)])
+    s.op("If", s.weight(np.asarray(True)), out=s.output("branch", ROWS), then_branch=inner, else_branch=other)
+    s.outputs.append(helper.make_tensor_value_info("stream_0", TensorProto.FLOAT, ROWS))
+    s.last = s.ffn(s.last, D, 16)
+    s.give_rows()
+    model, result = skipped(s, tmp_path)
+    assert result.fired == 8
+    feed = feed_of(MASKS["holes"])
+    before, after = run(s.model(), feed), run(model, feed)
+    assert set(after) == {"branch", "stream_0", "y"}
+    assert apart(before, after, MASKS["holes"]) < 2e-6
+
+
+def refusal(s: Sketch, folder: Any, fit: Feeds | None = None) -> str:
+    before = s.model()
+    model, result = skipped(s, folder, fit=fit)
+    assert result.fired == 0
+    assert ops(model) == ops(before)
+    [refused] = result.refused
+    return f"{refused.value}: {refused.reason}"
+
+
+@pytest.mark.parametrize(("dims", "said"), [
+    (("batch", "past_and_tokens"), "they must say to be of one batch"), ((None, None), "they must say to be of one batch"),
+    (("batch", "tokens", 1), "they must say to be of one batch"), (None, "they must say to be of one batch")])
+def test_a_mask_of_other_dimensions_is_refused(tmp_path, dims, said):
+    s = Encoder(dims=dims, masked=False)
+    s.layers(1)
+    s.give_rows()
+    found = refusal(s, tmp_path)
+    assert found.startswith("attention_mask: ")
+    assert said in found
+
+
+def test_a_model_without_a_mask_is_refused(tmp_path):
+    s = Sketch()
+    x = s.input("x", ROWS)
+    s.op("Identity", s.ffn(x), out=s.output("y", ROWS))
+    assert "there is no input 'attention_mask'" in refusal(s, tmp_path)
+
+
+def test_a_mean_over_padding_is_refused(tmp_path):
+    s = Encoder()
+    s.layers()
+    said = refusal(s.give_mean(masked=False), tmp_path)
+    assert said.startswith("mean: it reads rows that are padding")
+
+
+def test_attention_that_sees_padding_is_refused(tmp_path):
+    s = Encoder(masked=False)
+    s.layers()
+    assert refusal(s.give_rows(), tmp_path).startswith("y: it reads rows that are padding")
+
+
+def test_what_integers_round_hides_no_reader_of_padding(tmp_path):
+    s = Encoder()
+    s.layers()
+    s.give_mean(masked=False)
+    _, result = skipped(s, tmp_path, ["quantize-ffn:row_scale=false", "skip-padding"])
+    assert result.fired == 0
+    assert "reads rows that are padding" in result.refused[0].reason
+
+
+def test_the_first_token_may_be_read_where_feeds_say_that_it_counts(tmp_path):
+    s = Encoder()
+    s.op("Gather", s.layers(), s.weight(np.asarray(0, np.int64)), out=s.output("first", ["batch", D]), axis=1)
+    right, left = (Feeds.of([feed_of(MASKS["none"]), feed_of(MASKS[kind])]) for kind in ("right", "left"))
+    assert skipped(s, tmp_path)[1].fired
+    assert skipped(s, tmp_path, fit=right)[1].fired
+    assert refusal(s, tmp_path, left).startswith("first: it reads rows that are padding")
+
+
+def test_nothing_to_pack_is_refused(tmp_path):
+    s = Encoder()
+    s.op("Identity", s.last, out=s.output("y", ROWS))
+    assert "no linear works on values [batch, tokens, d]" in refusal(s, tmp_path)
+
+
+def test_an_old_opset_is_refused(tmp_path):
+    s = Sketch(10)
+    s.input("input_ids", ["batch", "tokens"], TensorProto.INT64)
+    s.op("Identity", s.input("attention_mask", ["batch", "tokens"]), out=s.output("y"))
+    assert "opset 10 has no CumSum" in refusal(s, tmp_path)
+
+
+def test_the_proof_leaves_padding_out(tmp_path):
+    skipped(encoder(), tmp_path)
+    feeds = Feeds.of([feed_of(MASKS["right"])])
+    found = equivalence(tmp_path / "model.onnx", tmp_path / "skipped.onnx", feeds, threads=1).differences
+    assert found["given"] < 1e-5
+    wrong = encoder()
+    for name, each in wrong.initializers.items():
+        if each.dims == [D, D]:
+            wrong.weight(np.zeros((D, D), np.float32), name)
+    wrong.save(tmp_path / "wrong.onnx")
+    assert equivalence(tmp_path / "model.onnx", tmp_path / "wrong.onnx", feeds, threads=1).differences["given"] > 1e-3

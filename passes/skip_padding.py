@@ -33,11 +33,11 @@ class SkipPadding(Pass):
         y[b, t] = f(x[b, t])  for all b, t   →   y[b, t] = f(x[b, t])  where attention_mask[b, t] ≠ 0
 
     Linears, norms, activations and residual sums, of attention and FFN alike, work on ``[1, n, d]``, the n rows that are no
-    padding; what mixes tokens (softmax(q kᵀ) v, pooling) gets ``[batch, tokens, d]`` back, in which a row of padding repeats
-    the token before it. The rows that are no padding stay the same but for the order of sums; with int8 whose scale is taken
-    over the whole value they get finer, as padding does not count any more. An output with a row for each token holds
-    repetitions where there is padding. The time of those parts falls by the part of the tokens that is padding; where there
-    is none, a few copies are made for nothing.
+    padding (on ``[n, d]`` where an exporter flattens); what mixes tokens (softmax(q kᵀ) v, pooling) gets
+    ``[batch, tokens, d]`` back, in which a row of padding repeats the token before it. The rows that are no padding stay the
+    same but for the order of sums; with int8 whose scale is taken over the whole value they get finer, as padding does not
+    count any more. An output with a row for each token holds repetitions where there is padding. The time of those parts
+    falls by the part of the tokens that is padding; where there is none, a few copies are made for nothing.
 
     It is tried before it is done, on the first of the feeds given that has padding or on a made-up one: the outputs must be the
     same, and the same again when other numbers stand in the rows of padding.
@@ -76,12 +76,15 @@ class _Measured:
             return Kind.OTHER
         if len(first) == len(second) == 3 and (first[:2], second[:2]) == self.sizes and first[2] == second[2]:
             return Kind.TOKENS
+        if len(first) == len(second) == 2 and first[0] != second[0] and first[1] == second[1] and (
+                first[0], second[0]) == tuple(batch * tokens for batch, tokens in self.sizes):
+            return Kind.FLAT
         if first == second and len(first) <= 3 and all(dim == 1 for dim in first[:-1]):
             return Kind.SAME
         return Kind.MATRIX if first == second and len(first) == 2 else Kind.OTHER
 
     def width(self, tensor: gs.Tensor) -> int:
-        return self.shapes[0][tensor.name][2]
+        return self.shapes[0][tensor.name][-1]
 
 
 def _prepare(model: Model, context: Context) -> _Measured | Refused:
@@ -95,7 +98,7 @@ def _prepare(model: Model, context: Context) -> _Measured | Refused:
     if isinstance(found, Refused):
         return found
     if not any(is_product(node) for node in packable(model.graphs()[0][1], found.kind, model.opset)):
-        return Refused("no linear works on values [batch, tokens, d]", MASK)
+        return Refused("no linear works on values [batch, tokens, d] or [batch · tokens, d]", MASK)
     context.progress("skip-padding: trying it on padding")
     return _why_not_same(model, found, _padded(model, specs, context), context) or found
 

@@ -4,6 +4,7 @@
     index = the positions of real, place = how many are real up to each, less 1
     pack    x [batch, tokens, d]  →  x[index]        [1, n, d]          n = Σ real
     unpack  x [1, n, d]           →  x[place]        [batch, tokens, d]
+    and [batch · tokens, d]  ⇄  [n, d] in the same way; a Reshape between the two forms goes between the packed ones
 
 A row of padding holds that of the token before it after ``unpack``: a finite number, which nothing may read.
 """
@@ -22,7 +23,7 @@ from ...graph.builder import Builder
 from ...graph.edit import consumers, is_output, producer, set_input
 from ...graph.model import Model
 from ...graph.sort import topological
-from ...graph.token_wise import Kind, is_product, is_token_wise
+from ...graph.token_wise import ROWS, Kind, is_product, is_token_wise
 
 KindOf = Callable[[gs.Tensor], Kind]
 _END = (1 << 63) - 1
@@ -37,7 +38,7 @@ def packable(graph: gs.Graph, kind: KindOf, opset: int) -> list[gs.Node]:
     nodes = [node for node in topological(graph.nodes) if is_token_wise(node, kind, opset)]
     chosen: dict[int, gs.Node] = {}
     for node in reversed(nodes):
-        read_by = [reader for output in node.outputs if kind(output) is Kind.TOKENS for reader in consumers(output)]
+        read_by = [reader for output in node.outputs if kind(output) in ROWS for reader in consumers(output)]
         if is_product(node) or any(id(reader) in chosen for reader in read_by):
             chosen[id(node)] = node
     for node in nodes:
@@ -51,7 +52,7 @@ def packable(graph: gs.Graph, kind: KindOf, opset: int) -> list[gs.Node]:
 
 def rows_in(node: gs.Node, kind: KindOf) -> list[gs.Tensor]:
     """The inputs of ``node`` that hold a row for each token, each once."""
-    return list({id(tensor): tensor for tensor in node.inputs if kind(tensor) is Kind.TOKENS}.values())
+    return list({id(tensor): tensor for tensor in node.inputs if kind(tensor) in ROWS}.values())
 
 
 @dataclass(frozen=True)
@@ -75,46 +76,56 @@ class Packer:
         """Let ``nodes`` work on packed rows."""
         inside = {id(node) for node in nodes}
         packed: dict[int, gs.Tensor] = {}
-        like: dict[int, gs.Tensor] = {}  # of each width, a value whose rows stay as they were
+        like: dict[object, gs.Tensor] = {}  # of each form and width, a value whose rows stay as they were
         for node in nodes:
             for tensor in rows_in(node, self.kind):
                 if id(tensor) not in packed and id(producer(tensor)) not in inside:
                     packed[id(tensor)] = self._packed(tensor)
-                    like.setdefault(self.width(tensor), tensor)
+                    like.setdefault(self._form(tensor), tensor)
+        targets = {id(node): [*([1] if self.kind(node.outputs[0]) is Kind.TOKENS else []), -1, self.width(node.outputs[0])]
+                   for node in nodes if node.op == "Reshape"}
         for node in nodes:
             for index, tensor in enumerate(node.outputs):
-                if tensor.name and self.kind(tensor) is Kind.TOKENS:
+                if tensor.name and self.kind(tensor) in ROWS:
                     packed[id(tensor)] = self._given(node, index, inside, like)
         for node in nodes:
+            if node.op == "Reshape":
+                set_input(node, 1, self._build.integers(targets[id(node)], "packed_shape"))
             for index, tensor in enumerate(node.inputs):
                 if id(tensor) in packed:
                     set_input(node, index, packed[id(tensor)])
 
-    def _packed(self, tensor: gs.Tensor) -> gs.Tensor:
-        flat = self._build.op("Reshape", tensor, self._flat(tensor), hint="rows")
-        return self._build.op("Gather", flat, self._index, hint="packed", axis=0)
+    def _form(self, tensor: gs.Tensor) -> object:
+        return self.kind(tensor), self.width(tensor)
 
-    def _given(self, node: gs.Node, index: int, inside: set[int], like: dict[int, gs.Tensor]) -> gs.Tensor:
+    def _packed(self, tensor: gs.Tensor) -> gs.Tensor:
+        index = self._index if self.kind(tensor) is Kind.TOKENS else self._flat_index
+        return self._build.op("Gather", self._flat(tensor, tensor), index, hint="packed", axis=0)
+
+    def _flat(self, tensor: gs.Tensor, like: gs.Tensor) -> gs.Tensor:
+        """The rows of ``tensor``, which are those of ``like``, one below the other."""
+        if self.kind(like) is Kind.FLAT:
+            return tensor
+        return self._build.op("Reshape", tensor, self._build.integers([-1, self.width(like)], "flat"), hint="rows")
+
+    def _given(self, node: gs.Node, index: int, inside: set[int], like: dict[object, gs.Tensor]) -> gs.Tensor:
         """What ``node`` gives from now on, packed. The value it gave before is unpacked from that, where anything reads it."""
         tensor = node.outputs[index]
         for reader in consumers(tensor):
-            if reader.op == "Shape" and self.width(tensor) in like:
-                set_input(reader, 0, like[self.width(tensor)])
+            if reader.op == "Shape" and self._form(tensor) in like:
+                set_input(reader, 0, like[self._form(tensor)])
         packed = gs.Variable(self.model.names.fresh(f"{tensor.name}_packed"), dtype=tensor.dtype)
         list.__setitem__(node.outputs, index, packed)
         list.append(packed.inputs, node)
         list.clear(tensor.inputs)
         if is_output(self.graph, tensor) or any(id(reader) not in inside for reader in consumers(tensor)):
-            flat = self._build.op("Reshape", packed, self._flat(tensor), hint="rows")
-            self._build.nodes("Gather", [flat, self._place], [tensor], hint="unpacked", axis=0)
+            place = self._place if self.kind(tensor) is Kind.TOKENS else self._flat_place
+            self._build.nodes("Gather", [self._flat(packed, tensor), place], [tensor], hint="unpacked", axis=0)
         return packed
 
     @cached_property
     def _build(self) -> Builder:
         return Builder(self.model, self.graph, "/packed")
-
-    def _flat(self, tensor: gs.Tensor) -> gs.Tensor:
-        return self._build.integers([-1, self.width(tensor)], "flat")
 
     @cached_property
     def _real(self) -> gs.Tensor:
@@ -129,11 +140,19 @@ class Packer:
         return self._build.op("NonZero", self._real, hint="index")
 
     @cached_property
+    def _flat_index(self) -> gs.Tensor:
+        return self._build.op("Reshape", self._index, self._build.integers([-1], "list"), hint="flat_index")
+
+    @cached_property
     def _place(self) -> gs.Tensor:
+        return self._build.op("Reshape", self._flat_place, self._build.op("Shape", self.mask, hint="sizes"), hint="places")
+
+    @cached_property
+    def _flat_place(self) -> gs.Tensor:
         build = self._build
         ones = build.op("Cast", self._real, hint="ones", to=int(onnx.TensorProto.INT64))
         axis = build.constant(np.asarray(0, np.int64), "axis")
         place = build.op("Sub", build.op("CumSum", ones, axis, hint="counted"), build.integers([1], "less"), hint="place")
         if self.first:
             place = build.op("Mul", place, ones, hint="first")
-        return build.op("Reshape", place, build.op("Shape", self.mask, hint="sizes"), hint="places")
+        return place

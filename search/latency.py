@@ -2,8 +2,9 @@
 
 A block is cut out of the model, from the values that it reads of the residual stream to what its residual Add gives, in each form
 that it may take, with weights of the right shape that were not fitted; the cuts are raced against each other on the values that
-real feeds bring there. What was measured holds for every block of the same shape. The linears outside the blocks are not in one
-place, and a block inside an If or a Loop cannot be cut out: they are raced in the whole model.
+real feeds bring there. What was measured holds for every block of the same shape. A block that is run again and again has its
+weights in the cache, and in the whole model it has not: what blocks save is scaled by one race of the whole model. The linears
+outside the blocks are not in one place, and a block inside an If or a Loop cannot be cut out: they are raced in the whole model.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def _milliseconds(models: Sequence[Model], traffic: Sequence[Traffic], target: s
     return totals
 
 
-def saved_in_whole(workshop: Workshop, unit: int, each: Candidate, traffic: Sequence[Traffic]) -> dict[str, float | None]:
-    """``saved``: what a form of a unit saves of the base's time, as a part of it; None where it cannot be done."""
-    trial = workshop.rewritten({unit: each}, {}, timed=True)
+def saved_in_whole(workshop: Workshop, changes: Mapping[int, Candidate], traffic: Sequence[Traffic]) -> dict[str, float | None]:
+    """``saved``: what forms of units save of the base's time together, as a part of it; None where it cannot be done."""
+    trial = workshop.rewritten(changes, {}, timed=True)
     if trial is None:
         return {"saved": None}
     models = [workshop.finished_base(), workshop.finished(trial)]

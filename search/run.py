@@ -35,6 +35,8 @@ from .setup import identity_of, traffic_of
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _TIMED = 0.3  # part of the budget after which no further form is timed in the whole model, but for the first of each unit
 _ALONE = 0.6  # part of the budget after which no further form is measured alone
+_LITTLE = 0.02  # of the time of the original, below which what blocks save is not scaled
+_SCALES = 0.5, 2.5  # by no less and no more, whatever was measured
 _FASTER = 0.98  # a form must take less of the time of a block to be worth its drift
 Progress = Callable[[str], None]
 
@@ -104,12 +106,15 @@ class Search:
         self.base_ms = self.records.measure(partial(self._telling, "timing the model", milliseconds_of_base,
                                                     self.bench.workshop, self.traffic), "base", self._machine)
         self.saved: dict[tuple[int, Candidate], float] = {}
+        cut: list[int] = []
         for unit, several in self.candidates.items():
             if unit in (OTHERS, HEAD):
                 self._time_whole(unit, several[1:], name_of(unit))
             else:
-                self._time_block(unit, several)
+                cut += [unit] * self._time_block(unit, several)
             self.saved[unit, KEEP] = 0.0
+        self._scale(cut)
+        for unit, several in self.candidates.items():
             slow = (1 - _FASTER) * max((value for (other, _), value in self.saved.items() if other == unit), default=0.0)
             self.candidates[unit] = [each for each in several if each == KEEP or (
                 (unit, each) in self.saved and (self.saved[unit, each] > slow or self.job.max_bytes is not None))]
@@ -119,22 +124,45 @@ class Search:
             if number and time.monotonic() > self._began + _TIMED * 60 * self.job.minutes:
                 break
             message = f"timing {name_of(unit)} in the whole model: {each}"
-            part = self.records.measure(partial(self._telling, message, saved_in_whole, self.bench.workshop, unit, each,
+            part = self.records.measure(partial(self._telling, message, saved_in_whole, self.bench.workshop, {unit: each},
                                                 self.traffic), *what, str(each), self._machine)
             if part["saved"] is not None:
                 self.saved[unit, each] = part["saved"] * self.base_ms[1] / self.base_ms[0]
 
-    def _time_block(self, unit: int, several: Sequence[Candidate]) -> None:
+    def _time_block(self, unit: int, several: Sequence[Candidate]) -> bool:
+        """Time a block cut out, else in the whole model; whether it could be cut out."""
         shop = self.bench.workshop
         measuring = partial(self._telling, f"timing block {unit}", block_times, shop, unit, several, self.traffic)
         times = self.timings.measure(measuring, "block", block_key(shop, unit), [str(each) for each in several], self._machine)
         kept = times.get(str(KEEP))
         if kept is None:
             self._time_whole(unit, [each for each in several[1:] if each.neurons is None], "whole", block_key(shop, unit))
-            return
+            return False
         for each in several:
             if times.get(str(each)) is not None:
                 self.saved[unit, each] = (kept - times[str(each)]) / self.base_ms[0]
+        return True
+
+    def _scale(self, cut: Sequence[int]) -> None:
+        """Bring what blocks save, cut out, to what they save in the whole model: all of them at once, each in its fastest form
+        that needs no fit."""
+        fastest = {}
+        for unit in cut:
+            saved = {each: self.saved.get((unit, each), 0.0) for each in self.candidates[unit] if each.form and not each.fitted}
+            if max(saved.values(), default=0.0) > 0:
+                fastest[unit] = max(saved, key=lambda each: saved[each])
+        apart = sum(self.saved[item] for item in fastest.items())
+        if apart < _LITTLE:
+            return
+        part = self.records.measure(partial(self._telling, "timing all blocks in the whole model", saved_in_whole,
+                                            self.bench.workshop, fastest, self.traffic), "scale", text_of(fastest), self._machine)
+        if part["saved"] is None:
+            return
+        least, most = _SCALES
+        scale = min(most, max(least, part["saved"] * self.base_ms[1] / self.base_ms[0] / apart))
+        for unit in cut:
+            self.saved |= {(unit, each): scale * self.saved[unit, each] for each in self.candidates[unit]
+                           if (unit, each) in self.saved}
 
     def _telling(self, message: str, how: Callable[..., Any], *arguments: Any) -> Any:
         self.progress(message)

@@ -99,8 +99,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-EXACT_PLAN = ("clean-up", "dedupe-weights", "canonicalize-ffn", "drop-neurons", "fold-norm", "fold-bias", "fuse-matmul",
-              "merge-linears")
+EXACT_PLAN = ("clean-up", "dedupe-weights", "separate-resize", "canonicalize-ffn", "drop-neurons", "fold-norm", "fold-bias",
+              "fuse-matmul", "merge-linears")
 """The exact passes, as texts for :meth:`Plan.parse`, in this order:
 
 * ``clean-up`` first, so that the others see through Identity; ``dedupe-weights`` next, so that they know what is shared;

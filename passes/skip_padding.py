@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from ..graph.errors import InputError
@@ -21,6 +22,7 @@ _TOKENS = ("input_ids", "inputs_embeds")
 _SIZES = ((3, 8), (2, 5))  # batch and tokens of the runs that shapes are read from
 _OLDEST = 11  # opset
 _ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
+_HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _LEAK = 1e-4
 _SAME, _SAME_HALF, _SAME_ROUNDED = 1e-3, 3e-2, 0.5
 """Relative error against the model as it was: float32, float16, and where scales are taken over all rows, padding or not."""
@@ -56,7 +58,7 @@ class SkipPadding(Pass):
         try:
             found = _prepare(model, context)
         except InputError as error:
-            found = Refused(f"it could not be tried: {' '.join(str(error).split())[:160]}")
+            found = Refused(f"it could not be tried: {' '.join(str(error).split())}")
         if isinstance(found, Refused):
             return self.result(0, [found])
         return self.result(_pack(model, found), [])
@@ -64,10 +66,12 @@ class SkipPadding(Pass):
 
 @dataclass(frozen=True)
 class _Measured:
-    """Shapes of the values of the main graph in two runs of different sizes, by name; ``sizes`` [batch, tokens] of each."""
+    """What two runs of different sizes, [batch, tokens] each, show: shapes of the values of the main graph, by name, and whether
+    there are numbers of 16 bits."""
 
     shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]
     sizes: tuple[tuple[int, int], tuple[int, int]]
+    halves: bool
 
     def kind(self, tensor: gs.Tensor) -> Kind:
         known = tuple(tensor.shape) if isinstance(tensor, gs.Constant) else None
@@ -129,7 +133,8 @@ def _measure(model: Model, specs: Sequence[InputSpec], context: Context) -> _Mea
         shapes = {name: np.shape(value) for name, value in (*values.items(), *feed.items())}
         found.append((shapes, feed[MASK].shape))
     session.close()
-    return _Measured((found[0][0], found[1][0]), (found[0][1], found[1][1]))
+    halves = any(spec.element_type in _HALVES for spec in session.outputs)
+    return _Measured((found[0][0], found[1][0]), (found[0][1], found[1][1]), halves)
 
 
 def _made_up(model: Model, specs: Sequence[InputSpec], sizes: tuple[int, int]) -> Feed:
@@ -167,8 +172,7 @@ def _bound(model: Model, found: _Measured) -> float:
     nodes = packable(model.graphs()[0][1], found.kind, model.opset)
     if any(node.op in _ROUNDING for node in nodes):
         return _SAME_ROUNDED
-    types = {tensor.dtype for node in nodes for tensor in node.outputs}
-    return _SAME if types <= {None, np.dtype(np.float32), np.dtype(np.float64)} else _SAME_HALF
+    return _SAME_HALF if found.halves else _SAME
 
 
 def _pack(model: Model, found: _Measured, *, first: bool = False) -> int:

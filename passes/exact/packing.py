@@ -75,25 +75,24 @@ class Packer:
     def pack(self, nodes: Sequence[gs.Node]) -> None:
         """Let ``nodes`` work on packed rows."""
         inside = {id(node) for node in nodes}
+        read = [(node, index, tensor) for node in nodes for index, tensor in enumerate(node.inputs) if self.kind(tensor) in ROWS]
         packed: dict[int, gs.Tensor] = {}
         like: dict[object, gs.Tensor] = {}  # of each form and width, a value whose rows stay as they were
-        for node in nodes:
-            for tensor in rows_in(node, self.kind):
-                if id(tensor) not in packed and id(producer(tensor)) not in inside:
-                    packed[id(tensor)] = self._packed(tensor)
-                    like.setdefault(self._form(tensor), tensor)
+        for _, _, tensor in read:
+            if id(tensor) not in packed and id(producer(tensor)) not in inside:
+                packed[id(tensor)] = self._packed(tensor)
+                like.setdefault(self._form(tensor), tensor)
         targets = {id(node): [*([1] if self.kind(node.outputs[0]) is Kind.TOKENS else []), -1, self.width(node.outputs[0])]
                    for node in nodes if node.op == "Reshape"}
         for node in nodes:
             for index, tensor in enumerate(node.outputs):
                 if tensor.name and self.kind(tensor) in ROWS:
                     packed[id(tensor)] = self._given(node, index, inside, like)
+        for node, index, tensor in read:
+            set_input(node, index, packed[id(tensor)])
         for node in nodes:
             if node.op == "Reshape":
                 set_input(node, 1, self._build.integers(targets[id(node)], "packed_shape"))
-            for index, tensor in enumerate(node.inputs):
-                if id(tensor) in packed:
-                    set_input(node, index, packed[id(tensor)])
 
     def _form(self, tensor: gs.Tensor) -> object:
         return self.kind(tensor), self.width(tensor)

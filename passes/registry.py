@@ -15,6 +15,7 @@ from .drop_neurons import DropNeurons
 from .factorize_ffn import FactorizeFFN
 from .fold_bias import FoldBias
 from .fold_norm import FoldNorm
+from .fuse_attention import FuseAttention
 from .fuse_matmul import FuseMatMul
 from .linearize_ffn import LinearizeFFN
 from .merge_linears import MergeLinears
@@ -33,8 +34,8 @@ from .split_ffn import SplitFFN
 from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul,
-    LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer,
+    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseAttention,
+    FuseMatMul, LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer,
     SeparateResize, ShareFFN, SkipPadding, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
 
 

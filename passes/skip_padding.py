@@ -13,9 +13,10 @@ import onnx_graphsurgeon as gs
 from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.token_wise import Kind, is_product
-from ..runtime import Feed, Feeds, InputSpec, compare, input_specs, open_session, synthetic_feeds
+from ..runtime import Feed, Feeds, InputSpec, input_specs, open_session, synthetic_feeds
 from .base import Context, Pass, PassResult, Refused
 from .exact.packing import Packer, packable
+from .exact.trial import why_not_same
 
 MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
@@ -158,14 +159,9 @@ def _why_not_same(model: Model, found: _Measured, feeds: Feeds, context: Context
     trials = [model.copy() for _ in range(2)]
     for number, trial in enumerate(trials):
         _pack(trial, found, first=bool(number))
-    for other, bound, reason in ((trials[1], _LEAK, "it reads rows that are padding"),
-                                 (model, _bound(model, found), "it comes out otherwise without the rows that are padding")):
-        drift = compare(other, trials[0], feeds, provider=context.provider, threads=context.threads, allow_cpu=True, lean=True)
-        for name, metrics in drift.outputs.items():
-            error = metrics["rel_l2"]
-            if error is None or not error <= bound:
-                return Refused(reason if error is None else f"{reason} (relative error {error:.2g})", name)
-    return None
+    otherwise = "it comes out otherwise without the rows that are padding"
+    return (why_not_same(trials[1], trials[0], feeds, _LEAK, "it reads rows that are padding", context)
+            or why_not_same(model, trials[0], feeds, _bound(model, found), otherwise, context))
 
 
 def _bound(model: Model, found: _Measured) -> float:

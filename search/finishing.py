@@ -13,16 +13,15 @@ from ..passes.skip_padding import MASK
 from .latency import Traffic, race_whole
 from .workshop import Workshop
 
-FINISHING = ("skip-padding",)
-"""In the order in which they are tried, and run."""
-_WORTH = 0.99  # part of the time that is left, at most
+FINISHING = {"fuse-attention": 1.0, "skip-padding": 0.99}
+"""In the order in which they are tried, and run: the part of the time that must be left, at most."""
 
 
 def finishing_passes(workshop: Workshop, traffic: Sequence[Traffic]) -> dict[str, list[str]]:
     """``passes``: the texts of those that make the model after the exact passes faster, one upon the other."""
     kept: list[str] = []
     model = workshop.base.copy()
-    for text in FINISHING:
+    for text, worth in FINISHING.items():
         if text == "skip-padding" and not any(_has_padding(each) for each in traffic):
             continue
         workshop.progress(f"timing {text} in the whole model")
@@ -30,7 +29,7 @@ def finishing_passes(workshop: Workshop, traffic: Sequence[Traffic]) -> dict[str
         if not sum(result.fired for result in run_plan(trial, Plan.parse([text]), provider=workshop.target,
                                                        threads=workshop.threads, progress=workshop.progress)):
             continue
-        if race_whole([model, trial], traffic, target=workshop.target, threads=workshop.threads)[1] < _WORTH:
+        if race_whole([model, trial], traffic, target=workshop.target, threads=workshop.threads)[1] < worth:
             kept.append(text)
             model = trial
     return {"passes": kept}

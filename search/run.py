@@ -100,7 +100,7 @@ class Search:
 
     def _latency(self) -> None:
         shop = self.bench.workshop
-        ending = self.records.measure(partial(finishing_passes, shop, self.traffic), "finishing", FINISHING, self._machine)
+        ending = self.records.measure(partial(finishing_passes, shop, self.traffic), "finishing", list(FINISHING), self._machine)
         shop.last = passes_of(ending["passes"])
         self._machine = (*self._machine, *ending["passes"])
         self.base_ms = self.records.measure(partial(self._telling, "timing the model", milliseconds_of_base,

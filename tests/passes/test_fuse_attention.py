@@ -1,0 +1,282 @@
+"""fuse-attention: one operator gives what the written-out attention gave, and what it cannot give is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from ffn_graphs import Sketch, drift, ops, run
+from ffnfold.graph.attention import find_attention
+from ffnfold.graph.model import Model
+from ffnfold.passes.plan import Plan
+from ffnfold.passes.runner import run_plan
+from onnx import TensorProto
+from rewriting import rewrite
+
+HEADS, WIDTH = 2, 4
+D = HEADS * WIDTH
+INT = TensorProto.INT64
+
+
+class Heads(Sketch):
+    """Attention with heads, and an FFN, on x [batch, tokens, 8]; each step can be spelled otherwise."""
+
+    def __init__(self, opset: int = 17, dtype: Any = np.float32, *, target: str = "zeros", value_width: int = WIDTH,
+                 scores: Callable[[Heads, str, str], str] | None = None, last: str = "zeros") -> None:
+        super().__init__(opset, dtype=dtype)
+        self.target, self.last, self.value_width = target, last, value_width
+        self.x = self.input("x", ["batch", "tokens", D])
+        self.memory = self.x
+        self._scores = scores or Heads.scaled
+
+    def ints(self, *values: int) -> str:
+        return self.weight(np.asarray(values, np.int64))
+
+    def heads(self, y: str, *perm: list[int], width: int = WIDTH) -> str:
+        """y divided into heads and turned."""
+        if self.target == "shape":
+            size = self.op("Slice", self.op("Shape", y), self.ints(0), self.ints(2))
+            shape = self.op("Concat", size, self.ints(HEADS), self.ints(width), axis=0)
+        else:
+            heads, wide = {"zeros": (HEADS, width), "heads": (HEADS, -1), "width": (-1, width)}[self.target]
+            shape = self.ints(0, 0, heads, wide)
+        y = self.op("Reshape", y, shape)
+        for each in perm:
+            y = self.op("Transpose", y, perm=each)
+        return y
+
+    def scaled(self, q: str, k: str) -> str:
+        return self.op("Mul", self.op("MatMul", q, k), self.number(WIDTH ** -0.5))
+
+    def query(self) -> str:
+        return self.heads(self.linear(self.x, D, D), [0, 2, 1, 3])
+
+    def key(self) -> str:
+        return self.heads(self.linear(self.memory, D, D), [0, 2, 3, 1])
+
+    def value(self) -> str:
+        return self.heads(self.linear(self.memory, D, HEADS * self.value_width), [0, 2, 1, 3], width=self.value_width)
+
+    def build(self) -> Heads:
+        scores = self._scores(self, self.query(), self.key())
+        mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), self.value())
+        joined = self.op("Transpose", mixed, perm=[0, 2, 1, 3])
+        wide = HEADS * self.value_width
+        if self.last == "shape":
+            size = self.op("Slice", self.op("Shape", joined), self.ints(0), self.ints(2))
+            target = self.op("Concat", size, self.ints(wide), axis=0)
+        else:
+            target = self.ints(0, 0, wide)
+        rows = self.op("Reshape", joined, target)
+        stream = self.op("Add", self.x, self.linear(rows, wide, D))
+        self.op("Add", stream, self.ffn(stream, D, 16), out=self.output("y", ["batch", "tokens", D]))
+        return self
+
+
+def feed(batch: int = 2, tokens: int = 5, **others: Any) -> dict[str, Any]:
+    return {"x": np.random.default_rng(0).normal(size=(batch, tokens, D)).astype(np.float32), **others}
+
+
+def check(s: Sketch, folder: Any, feeds: list[dict[str, Any]] | None = None, fit: Any = None) -> Model:
+    model, [result] = rewrite(s, folder, "fuse-attention", fit=fit)
+    assert (result.fired, result.refused, result.exact) == (1, [], True)
+    found = ops(model)
+    assert (found.count("MultiHeadAttention"), found.count("Softmax"), found.count("Transpose")) == (1, 0, 0)
+    for each in feeds or [feed(), feed(1, 3)]:
+        assert drift(run(s.model(), each), run(model, each)) < 1e-5
+    return model
+
+
+def mul_both(s: Heads, q: str, k: str) -> str:
+    root = s.number(WIDTH ** -0.25)
+    return s.op("MatMul", s.op("Mul", q, root), s.op("Mul", root, k))
+
+
+def unscaled(s: Heads, q: str, k: str) -> str:
+    return s.op("MatMul", q, k)
+
+
+def divided(s: Heads, q: str, k: str) -> str:
+    return s.op("Div", s.op("MatMul", q, k), s.number(1.7))
+
+
+def fused(s: Heads, q: str, k: str) -> str:
+    return s.op("FusedMatMul", q, k, domain="com.microsoft", alpha=0.3)
+
+
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "plain": {}, "scale on both": {"scores": mul_both}, "no scale": {"scores": unscaled}, "divided": {"scores": divided},
+    "fused": {"scores": fused}, "heads said": {"target": "heads"}, "width said": {"target": "width"},
+    "shapes computed": {"target": "shape", "last": "shape"}, "other width of values": {"value_width": 6}}
+
+
+@pytest.mark.parametrize("how", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("opset", [13, 17, 21])
+def test_spellings(tmp_path, how, opset):
+    check(Heads(opset, **how).build(), tmp_path)
+
+
+def test_keys_that_are_turned_twice(tmp_path):
+    class Twice(Heads):
+        def key(self) -> str:
+            return self.heads(self.linear(self.x, D, D), [0, 2, 1, 3], [0, 1, 3, 2])
+
+    check(Twice().build(), tmp_path)
+
+
+def test_keys_that_the_product_turns(tmp_path):
+    class Fused(Heads):
+        def key(self) -> str:
+            return self.heads(self.linear(self.x, D, D), [0, 2, 1, 3])
+
+    turned = Fused(scores=lambda s, q, k: s.op("FusedMatMul", q, k, domain="com.microsoft", alpha=0.5, transB=1)).build()
+    check(turned, tmp_path)
+
+
+MASKS = {"of all": (2, 1, 5, 5), "of each head": (1, HEADS, 5, 5), "of keys": (2, 1, 1, 5), "causal": (5, 5),
+         "three": (HEADS, 5, 5), "of keys alone": (5,)}
+
+
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_masks_that_are_added(tmp_path, shape, mask_first):
+    def masked(s: Heads, q: str, k: str) -> str:
+        pair = [s.scaled(q, k), s.input("mask", [None] * len(shape))]
+        return s.op("Add", *(reversed(pair) if mask_first else pair))
+
+    mask = np.where(np.random.default_rng(1).random(shape) < 0.3, -1e4, 0).astype(np.float32)
+    given = feed(mask=mask)
+    check(Heads(scores=masked).build(), tmp_path, [given], fit=[given])
+
+
+def test_a_mask_that_is_a_constant(tmp_path):
+    causal = np.where(np.tri(5) > 0, 0, -1e4).astype(np.float32)
+    s = Heads(scores=lambda s, q, k: s.op("Add", s.scaled(q, k), s.weight(causal))).build()
+    check(s, tmp_path, [feed()], fit=[feed()])
+
+
+def test_layers_with_one_mask(tmp_path):
+    s = Heads(scores=lambda s, q, k: s.op("Add", s.scaled(q, k), "mask"))
+    s.input("mask", ["batch", 1, 1, "tokens"])
+    s.build()
+    s.outputs.clear()
+    s.nodes[-1].output[0] = s.x = s.memory = "between"
+    s.build()
+    given = feed(mask=np.zeros((2, 1, 1, 5), np.float32))
+    model, [result] = rewrite(s, tmp_path, "fuse-attention", fit=[given])
+    assert result.fired == 2
+    assert drift(run(s.model(), given), run(model, given)) < 1e-5
+
+
+def test_attention_over_another_stream(tmp_path):
+    class Cross(Heads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = self.input("memory", ["batch", "others", D])
+
+    memory = np.random.default_rng(2).normal(size=(2, 7, D)).astype(np.float32)
+    check(Cross().build(), tmp_path, [feed(memory=memory)])
+
+
+def test_around_integers_and_without_padding(tmp_path):
+    s = Heads().build()
+    integers = Model.load(s.save(tmp_path / "model.onnx"))
+    run_plan(integers, Plan.parse(["quantize-ffn:also=attention,row_scale=true"]), threads=1)
+    model = integers.copy()
+    [result] = run_plan(model, Plan.parse(["fuse-attention"]), threads=1)
+    assert result.fired == 1
+    assert drift(run(integers, feed()), run(model, feed())) < 1e-4
+
+
+def test_what_was_fused_is_still_attention(tmp_path):
+    model = check(Heads().build(), tmp_path)
+    [found], _ = find_attention(model)
+    assert found.core.op == "MultiHeadAttention"
+    [result] = run_plan(model, Plan.parse(["remove-attention:keep=nothing"]), threads=1)
+    assert result.fired == 1
+
+
+def refusal(s: Sketch, folder: Any, fit: Any = None) -> str:
+    model, [result] = rewrite(s, folder, "fuse-attention", fit=fit)
+    assert result.fired == 0
+    assert sorted(ops(model)) == sorted(ops(s.model()))
+    return "; ".join(each.reason for each in result.refused)
+
+
+def shown(name: str) -> Callable[[Heads, str, str], str]:
+    def scores(s: Heads, q: str, k: str) -> str:
+        found = s.scaled(q, k)
+        s.op("Identity", found, out=s.output(name, None))
+        return found
+    return scores
+
+
+def test_scores_that_are_read_elsewhere(tmp_path):
+    assert "its products are read elsewhere" in refusal(Heads(scores=shown("scores")).build(), tmp_path)
+
+
+def test_probabilities_that_are_read_elsewhere(tmp_path):
+    s = Heads().build()
+    s.op("Identity", next(node.output[0] for node in s.nodes if node.op_type == "Softmax"), out=s.output("weights", None))
+    assert "its probabilities are read elsewhere" in refusal(s, tmp_path)
+
+
+def test_a_shape_that_is_read_elsewhere(tmp_path):
+    s = Heads().build()
+    joined = [node for node in s.nodes if node.op_type == "Transpose"][-1].output[0]
+    s.op("Shape", joined, out=s.output("shape", [4], INT))
+    assert "its shape is read elsewhere" in refusal(s, tmp_path)
+
+
+def test_positions_between_the_heads_and_the_product(tmp_path):
+    class Rotary(Heads):
+        def query(self) -> str:
+            return self.op("Neg", super().query())
+
+    assert "rotary positions" in refusal(Rotary().build(), tmp_path)
+
+
+def test_scaled_values(tmp_path):
+    class Scaled(Heads):
+        def value(self) -> str:
+            return self.op("Mul", super().value(), self.number(2))
+
+    assert "its values are scaled" in refusal(Scaled().build(), tmp_path)
+
+
+def test_a_mask_by_where(tmp_path):
+    def chosen(s: Heads, q: str, k: str) -> str:
+        return s.op("Where", s.weight(np.tri(5) > 0), s.scaled(q, k), s.number(-1e4))
+
+    assert "no product, scaled, and a mask" in refusal(Heads(scores=chosen).build(), tmp_path, [feed()])
+
+
+def test_a_scale_behind_the_mask_is_no_scale_of_the_product(tmp_path):
+    def late(s: Heads, q: str, k: str) -> str:
+        mask = s.weight(np.where(np.tri(5) > 0, 0, -3).astype(np.float32))
+        return s.op("Mul", s.op("Add", s.op("MatMul", q, k), mask), s.number(0.5))
+
+    assert "no product, scaled, and a mask" in refusal(Heads(scores=late).build(), tmp_path, [feed()])
+
+
+def test_flattened_rows(tmp_path):
+    class Flat(Heads):
+        def heads(self, y: str, *perm: list[int], width: int = WIDTH) -> str:
+            size = self.op("Slice", self.op("Shape", self.x), self.ints(0), self.ints(2))
+            shape = self.op("Concat", size, self.ints(HEADS), self.ints(width), axis=0)
+            y = self.op("Reshape", self.op("Reshape", y, self.ints(-1, D)), shape)
+            return self.op("Transpose", y, perm=perm[0])
+
+    assert "is no [batch, tokens, heads · d]" in refusal(Flat().build(), tmp_path)
+
+
+def test_a_type_without_a_kernel(tmp_path):
+    assert refusal(Heads(dtype=np.float64).build(), tmp_path).startswith("it could not be tried")
+
+
+def test_a_classifier_is_no_attention(tmp_path):
+    s = Sketch()
+    s.op("Softmax", s.linear(s.input("x", ["batch", "tokens", D]), D, 5), out=s.output("y", None), axis=-1)
+    assert refusal(s, tmp_path) == ""

@@ -57,16 +57,19 @@ class Alone:
         self._score(rest, until)
 
     def known(self) -> dict[tuple[int, Candidate], Scored]:
-        """What was measured of each unit and form; ``units`` of them where it is what they do together."""
+        """What was measured of each unit and form; with ``units`` where it is what those do together (see :mod:`shares`).
+
+        What was measured together goes before what of the same was measured alone, so that its parts are all of it.
+        """
         found = {}
         shared = self.shared()
         for unit, several in self.candidates.items():
             for each in several:
-                scored = self.records.get("alone", unit, str(each)) if each != KEEP else None
-                if scored is None and unit in shared.get(each, ()):
-                    scored = self.records.get("together", shared[each], str(each))
+                units = shared.get(each, [])
+                together = self.records.get("together", units, str(each)) if unit in units else None
+                scored = together or (self.records.get("alone", unit, str(each)) if each != KEEP else None)
                 if scored is not None and "drift" in scored:
-                    found[unit, each] = {"units": 1, **scored}
+                    found[unit, each] = {**scored, "units": units} if together else scored
         return found
 
     def unknown(self) -> Several:

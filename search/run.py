@@ -30,6 +30,7 @@ from .prediction import Damage, Time
 from .records import Records, default_folder
 from .scoring import Bench, Setting, weight_bytes
 from .setup import identity_of, traffic_of
+from .shares import bytes_of, damages_of
 
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _TIMED = 0.3  # part of the budget after which no further form is timed in the whole model, but for the first of each unit
@@ -145,15 +146,15 @@ class Search:
     def _explore(self) -> None:
         laws = []
         for row in self.rows:
-            alone = {item: row.damage(found["drift"]) / found["units"] for item, found in self.alone.items()}
+            alone = damages_of(self.alone, row)
             laws.append(Damage({(unit, each): sum(alone[unit, part] for part in _measured(each))
                                 for unit, several in self.candidates.items() for each in several}))
-        bytes_of = {(unit, each): sum(self.alone[unit, part]["bytes"] / self.alone[unit, part]["units"] * share
-                                       for part, share in self._shares(unit, each))
-                    for unit, several in self.candidates.items() for each in several}
+        size = bytes_of(self.alone, self.bench.workshop.blocks)
+        sizes = {(unit, each): sum(size[unit, part] * share for part, share in self._shares(unit, each))
+                 for unit, several in self.candidates.items() for each in several}
         clock = Time(self.base_ms[1] / self.base_ms[0], {(unit, each): self.saved[unit, each]
                                                          for unit, several in self.candidates.items() for each in several})
-        self.problem = Problem(self.candidates, self.rows, laws, clock, bytes_of, weight_bytes(self.bench.workshop.base))
+        self.problem = Problem(self.candidates, self.rows, laws, clock, sizes, weight_bytes(self.bench.workshop.base))
         self._visit(dict.fromkeys(self.candidates, KEEP))
         levels = levels_of(self.job)
         self._visit_unfitted(levels[0])

@@ -87,7 +87,7 @@ class Bench:
         """Measure forms of several units at once, none of them fitted."""
         started = time.perf_counter()
         found = self._measured(changes, {})
-        return {**found, "units": len(changes), "seconds": round(time.perf_counter() - started, 3)}
+        return {**found, "seconds": round(time.perf_counter() - started, 3)}
 
     def _scored(self, unit: int, each: Candidate) -> Scored:
         fits: dict[int, NeuronFit] = {}

@@ -10,13 +10,16 @@ import ffnfold.passes.optimize as optimize
 import ffnfold.search.alone as alone
 import ffnfold.search.latency as latency
 import pytest
+from ffn_graphs import Sketch
 from ffnfold.passes.fitting.evidence import OutOfTimeError
 from ffnfold.runtime import parse_limit
 from ffnfold.search import SearchJob, search_file
 from ffnfold.search.alone import Alone, promising
 from ffnfold.search.candidates import HEAD, KEEP, OTHERS, Candidate
+from ffnfold.search.goal import Row
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import Bench, Setting
+from ffnfold.search.shares import bytes_of, damages_of
 
 INT8 = Candidate(form="int8")
 
@@ -118,14 +121,40 @@ def test_in_a_short_search_integers_are_measured_in_all_blocks_together(job, min
                                                                                         [0, 1, 2, OTHERS])
     search.measuring.measure({}, time.monotonic() + 60)
     known = search.measuring.known()
-    units = {(unit, each): known[unit, each]["units"] for unit in range(3) for each in forms}
-    assert set(units.values()) == {3 if minutes < 10 else 1}
+    units = [known[unit, each].get("units") for unit in range(3) for each in forms]
+    assert all(each == ([0, 1, 2] if minutes < 10 else None) for each in units)
     assert not any(unit == OTHERS for unit, _ in known)  # this model has no linears outside its blocks
     assert not any(search.measuring.unknown().values())
     together = search.bench.yardstick.measure(search.bench.workshop.rewritten(dict.fromkeys(range(3), forms[0]), {}))
     whole = 1 - together["y"]["cosine_mean"]
-    shares = sum((1 - known[unit, forms[0]]["drift"]["y"]["cosine_mean"]) / known[unit, forms[0]]["units"] for unit in range(3))
+    shares = sum(damages_of(known, Row("cosine_mean", "y"))[unit, forms[0]] for unit in range(3))
     assert shares == pytest.approx(whole, rel=1e-6 if minutes < 10 else 0.9)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_blocks_have_their_own_parts_of_what_was_measured_together(job, tmp_path, gone):
+    """Of bytes by their weights; of damage by what they do to the outputs, which a wide block does no more than others."""
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", 64])
+    for number, d_ff in enumerate((1024, 64, 128)):
+        x = s.op("Add", x, s.ffn(s.norm(x, 64), 64, d_ff, activation="gelu", name=f"/layer.{number}/ffn"))
+    s.op("Identity", x, out=s.output("y", ["batch", "tokens", 64]))
+    s.save(tmp_path / "model.onnx")
+    search, row = Search(job(minutes=5), lambda message: None), Row("cosine_mean", "y")
+    for unit in range(3):
+        search.candidates[unit] = [KEEP, INT8, *([Candidate(removed=True)] if gone else [])]
+    search.measuring.measure({}, time.monotonic() + 60)
+    known = search.measuring.known()
+    alone = {(unit, INT8): search.bench.score(unit, INT8) for unit in range(3)}
+    sizes, really = bytes_of(known, search.bench.workshop.blocks), bytes_of(alone, {})
+    damages, done = damages_of(known, row), damages_of(alone, row)
+    for unit in range(3):
+        assert sizes[unit, INT8] == pytest.approx(really[unit, INT8], rel=0.2)
+        assert damages[unit, INT8] == pytest.approx(done[unit, INT8], rel=0.3 if gone else 0.6)
+    assert sum(sizes[unit, INT8] for unit in range(3)) == pytest.approx(known[0, INT8]["bytes"])
+    assert sum(damages[unit, INT8] for unit in range(3)) == pytest.approx(row.damage(known[0, INT8]["drift"]))
+    search.records.put(alone[0, INT8], "alone", 0, str(INT8))  # as a longer search leaves it
+    assert bytes_of(search.measuring.known(), search.bench.workshop.blocks) == sizes
 
 
 @pytest.mark.timeout(300)

@@ -161,9 +161,8 @@ class Search:
         tried = dict.fromkeys(range(len(levels)), 0)
         while (choice := self._next(levels, tried)) is not None:
             self._visit(choice)
-        if len(self.points) == 1:  # measuring took the whole budget: a search that knows something faster does not end without it
-            for removed in (False, True):
-                self._visit_unfitted(levels[0], removed=removed, late=True)
+        if len(self.points) == 1:
+            self._visit_late(levels)
 
     def _next(self, levels: Sequence[Level], tried: dict[int, int]) -> Choice | None:
         """What to build next. What is known of plans costs no time, and the laws are better for it."""
@@ -175,8 +174,18 @@ class Search:
                     return choice
         return None
 
-    def _visit_unfitted(self, goal: Level, *, removed: bool = False, late: bool = False) -> None:
-        """First what needs no fit, integers above all: it drifts little on any data, and is the least that a search must beat.
+    def _visit_late(self, levels: Sequence[Level]) -> None:
+        """Where measuring took the whole budget: a search that knows something faster does not end without it.
+
+        With and without blocks that are left out it is what reaches the goal, or else the first level around it that can be.
+        """
+        for removed in (False, True):
+            any(self._visit_unfitted(level, removed=removed, late=True) for level in levels)
+
+    def _visit_unfitted(self, goal: Level, *, removed: bool = False, late: bool = False) -> bool:
+        """Whether what needs no fit reaches a level; the best of it is built where it is new.
+
+        It comes first, integers above all: it drifts little on any data, and is the least that a search must beat.
 
         Args:
             removed: blocks may be left out, too.
@@ -187,6 +196,7 @@ class Search:
         choice = choose(plain, *self.problem.program(goal))
         if choice is not None and self._worth_it(choice, late=late):
             self._visit(choice)
+        return choice is not None
 
     def _worth_it(self, choice: Choice, *, late: bool = False) -> bool:
         """Whether a choice is new, and known already or to be built in time."""

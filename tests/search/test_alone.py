@@ -17,6 +17,8 @@ from ffnfold.search import SearchJob, search_file
 from ffnfold.search.alone import Alone, promising
 from ffnfold.search.candidates import HEAD, KEEP, OTHERS, Candidate
 from ffnfold.search.goal import Row
+from ffnfold.search.levels import Problem, levels_of
+from ffnfold.search.prediction import Damage, Time
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import Bench, Setting
 from ffnfold.search.shares import bytes_of, damages_of
@@ -167,6 +169,23 @@ def test_where_measuring_took_all_the_time_what_needs_no_fit_is_built_all_the_sa
     assert any("remove-ffn" in str(point["plan"]) for point in report["points"])
     assert not any("slim-ffn" in str(point["plan"]) for point in report["points"])
     assert report["speedup"] > 1
+
+
+def test_where_the_goal_cannot_be_reached_late_the_first_level_is_built_that_can(job, monkeypatch):
+    """With blocks and without."""
+    gone = Candidate(removed=True)
+    search = Search(job(minutes=5, limits=(), min_speedup=2.0), lambda message: None)
+    search.candidates = {unit: [KEEP, INT8, Candidate(0), gone] for unit in range(3)}
+    damage = {KEEP: 0.0, INT8: 0.01, Candidate(0): 0.02, gone: 0.1}
+    saved = {KEEP: 0.0, INT8: 0.14, Candidate(0): 0.3, gone: 0.2}
+    alone, clock = ({(unit, each): each_of[each] for unit in range(3) for each in each_of} for each_of in (damage, saved))
+    search.problem = Problem(search.candidates, search.rows, [Damage(alone)], Time(1.0, clock), dict.fromkeys(alone, 0.0), 0)
+    built = []
+    monkeypatch.setattr(search, "_visit", built.append)
+    search._visit_late(levels_of(search.job))
+    assert built[0] == dict.fromkeys(range(3), INT8)  # 1 / 0.58: of the levels it reaches 2 · 0.8 = 1.6 only
+    assert sorted(map(str, built[1].values())) == ["int8", "removed", "removed"]  # 1 / 0.46
+    assert len(built) == 2
 
 
 @pytest.mark.timeout(300)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..passes.fitting.evidence import OutOfTimeError
@@ -99,23 +99,29 @@ class Alone:
 
     def _score(self, wanted: Several, limit: float) -> None:
         """Measure what is ``wanted`` before ``limit``."""
-        wanted = {unit: several for unit, several in wanted.items() if several}
-
-        def enough() -> bool:
-            return time.monotonic() > limit
+        wanted = {unit: spread_out(several) if several[0].fitted else several for unit, several in wanted.items() if several}
 
         def keep(unit: int, each: Candidate, scored: Scored) -> None:
             self.records.put(scored, "alone", unit, str(each))
 
         if not wanted:
             return
+        if self.job.scheduler is None and self.job.workers <= 1:
+            self.score_here(wanted, limit, keep)
+            return
+        if time.monotonic() < limit:
+            self._score_elsewhere(wanted, limit, keep)
+        unit, several = next(iter(wanted.items()))
+        if not several[0].fitted and self.records.get("alone", unit, str(several[0])) is None:  # it is measured in any case
+            self.score_here({unit: several[:1]}, limit, keep)
+
+    def _score_elsewhere(self, wanted: Several, limit: float, keep: Callable[[int, Candidate, Scored], None]) -> None:
         if self.job.scheduler is not None:
             with cluster(self.job.scheduler, self.bench.setting) as (pool, workers, setting):
-                run_tasks(tasks_of(wanted, workers), setting, pool, keep, enough)
-        elif self.job.workers > 1:
-            run_tasks(tasks_of(wanted, self.job.workers), self.bench.setting, lambda: local_pool(self.job.workers), keep, enough)
+                run_tasks(tasks_of(wanted, workers()), setting, pool, keep, limit, workers)
         else:
-            self.score_here(wanted, limit, keep)
+            run_tasks(tasks_of(wanted, self.job.workers), self.bench.setting, lambda: local_pool(self.job.workers), keep, limit,
+                      lambda: self.job.workers)
 
     def score_here(self, wanted: Several, limit: float, keep: Callable[[int, Candidate, Scored], None]) -> None:
         """One after the other, each unit in its part of the time that is left, so that the last have their turn too.
@@ -126,8 +132,7 @@ class Alone:
         for number, (unit, several) in enumerate(wanted.items()):
             now = time.monotonic()
             share = now + (limit - now) / (len(wanted) - number)
-            order: Sequence[Candidate] = spread_out(several) if several[0].fitted else several
-            for place, each in enumerate(order):
+            for place, each in enumerate(several):
                 if time.monotonic() > share and (number or place or each.fitted):
                     break
                 self.progress(f"drift of {name_of(unit)}: {each}")

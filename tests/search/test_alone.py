@@ -90,10 +90,11 @@ def test_what_was_measured_before_it_was_late_is_kept():
     assert measured == [0]
 
 
-def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job, workers):
     """The model has no linears outside its blocks: of those it is known that they cannot be rounded."""
     said = []
-    search = Search(job(minutes=5), said.append)
+    search = Search(job(minutes=5, workers=workers), said.append)
     for unit in (OTHERS, *range(3)):
         search.candidates[unit] = [KEEP, INT8, Candidate(form="8-bit"), Candidate(0)]
     saved = {(unit, each): value for unit in (OTHERS, *range(3)) for each, value in ((INT8, 0.1), (Candidate(form="8-bit"), 0.2))}
@@ -101,6 +102,15 @@ def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job
     assert [message for message in said if message.startswith("drift")] == ["drift of all blocks together: 8-bit",
                                                                             "drift of attention: int8"]
     assert len(search.measuring.known()) == 3
+
+
+def test_workers_that_come_too_late_leave_one_form_to_be_measured_here(job):
+    """It takes longer than this to start a process."""
+    search = Search(job(minutes=20, workers=2), lambda message: None)
+    for unit, several in search.candidates.items():
+        search.candidates[unit] = [KEEP] if unit == OTHERS else [KEEP, *several[1:3]]
+    search.measuring.measure({}, time.monotonic() + 0.01)
+    assert len(search.measuring.known()) == 1
 
 
 def test_affine_maps_come_first_in_a_short_search(job):

@@ -67,9 +67,11 @@ class Alone:
             for each in several:
                 units = shared.get(each, [])
                 together = self.records.get("together", units, str(each)) if unit in units else None
-                scored = together or (self.records.get("alone", unit, str(each)) if each != KEEP else None)
-                if scored is not None and "drift" in scored:
-                    found[unit, each] = {**scored, "units": units} if together else scored
+                alone = self.records.get("alone", unit, str(each)) if each != KEEP else None
+                if together is not None and "drift" in together:
+                    found[unit, each] = {**together, "units": units}
+                elif alone is not None and "drift" in alone:
+                    found[unit, each] = alone
         return found
 
     def unknown(self) -> Several:
@@ -88,6 +90,10 @@ class Alone:
                     found.setdefault(each, []).append(unit)
         return {each: units for each, units in found.items()
                 if len(units) > 1 and any(self.records.get("alone", unit, str(each)) is None for unit in units)}
+
+    def unknown_together(self) -> list[Candidate]:
+        """Of the shared forms those that are to be measured."""
+        return [each for each, units in self.shared().items() if self.records.get("together", units, str(each)) is None]
 
     def _measure_together(self, saved: Mapping[tuple[int, Candidate], float], limit: float) -> None:
         """Of the shared forms the one that saves most in any case."""

@@ -9,6 +9,7 @@ from functools import partial
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.alone as alone
 import ffnfold.search.latency as latency
+import ffnfold.search.run as run_module
 import pytest
 from ffn_graphs import Sketch
 from ffnfold.passes.fitting.evidence import OutOfTimeError
@@ -121,6 +122,51 @@ def test_affine_maps_come_first_in_a_short_search(job):
     search._alone()
     order = [message for message in said if message.startswith("moments")]
     assert order == [f"moments of {what}block {unit}" for what in ("the input of ", "") for unit in range(3)]
+
+
+@pytest.mark.timeout(300)
+def test_moments_that_are_late_are_given_up_and_the_search_goes_on(job, tmp_path, monkeypatch, quick):
+    """The whole budget goes by while block 1 is gone through for its neurons."""
+    said, passed, real = [], [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
+
+    def progress(message):
+        said.append(message)
+        if message == "moments of block 1":
+            passed[0] += 60 * 60.0
+
+    report = search_file(job(minutes=5), progress)
+    moments = said[:said.index("moments of block 1") + 1]
+    assert [message for message in said if message.startswith("moments")] == [
+        message for message in moments if message.startswith("moments")]
+    keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
+    slim = [[key for key in keys if key.startswith(f"('alone', {unit}, ") and ("slim" in key or "bare" in key)]
+            for unit in range(3)]
+    assert slim[0]
+    assert not slim[1]
+    assert not slim[2]
+    assert sum(key.startswith("('alone'") and "'affine'" in key for key in keys) == 3  # they came before
+    assert len(report["points"]) > 1
+
+
+@pytest.mark.parametrize(("gone", "timed"), [(0.05, 3), (0.35, 1)])
+def test_after_a_part_of_the_budget_only_one_form_of_each_unit_is_timed_in_the_whole_model(job, monkeypatch, gone, timed):
+    """Of the budget a part is gone by when it begins."""
+    asked = []
+
+    def saved(workshop, unit, each, traffic):
+        asked.append((unit, str(each)))
+        return {"saved": 0.1}
+
+    monkeypatch.setattr(run_module, "saved_in_whole", saved)
+    monkeypatch.setattr(run_module, "milliseconds_of_base", lambda *which: [1.0, 1.0])
+    search = Search(job(minutes=1000), lambda message: None)
+    search._began -= gone * 60 * 1000
+    forms = [INT8, Candidate(form="8-bit"), Candidate(form="4-bit")]
+    search.candidates = {unit: [KEEP, *forms] for unit in (OTHERS, HEAD)}
+    search._latency()
+    assert asked == [(unit, str(each)) for unit in (OTHERS, HEAD) for each in forms[:timed]]
+    assert search.candidates == {unit: [KEEP, *forms[:timed]] for unit in (OTHERS, HEAD)}
 
 
 @pytest.mark.parametrize("minutes", [5, 20])

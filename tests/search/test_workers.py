@@ -122,20 +122,27 @@ def test_a_worker_gives_up_moments_that_are_late_and_what_comes_after(setting, m
 
 @pytest.mark.parametrize("at_once", [1, 2, None])
 def test_what_ends_soon_after_the_limit_counts_and_nothing_begins_after_it(setting, monkeypatch, at_once):
-    clock, begun = [0.0], []
-    both = threading.Barrier(at_once or 3)
+    """Task 0 ends at 45 of 40 seconds, those beside it later."""
+    clock, begun, measured = [0.0], [], []
+    all_begun, told = threading.Barrier(at_once or 3), threading.Event()
 
     def slow(setting, unit, several, left):
         begun.append((unit, left))
-        both.wait(30)
+        all_begun.wait(30)
+        if unit:
+            told.wait(30)
+            time.sleep(0.2)
         clock[0] = 45.0
         return [(each, {}) for each in several]
 
+    def done(unit, each, scored):
+        measured.append(unit)
+        told.set()
+
     monkeypatch.setattr(workers_module, "score_several", slow)
     monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
-    measured = []
-    run_tasks([(unit, [Candidate(0)]) for unit in range(3)], setting, lambda: ThreadPoolExecutor(3),
-              lambda unit, each, scored: measured.append(unit), 40.0, None if at_once is None else lambda: at_once)
+    run_tasks([(unit, [Candidate(0)]) for unit in range(3)], setting, lambda: ThreadPoolExecutor(3), done, 40.0,
+              None if at_once is None else lambda: at_once)
     assert sorted(measured) == list(range(at_once or 3))
     assert sorted(begun) == [(unit, 40.0) for unit in range(at_once or 3)]
 

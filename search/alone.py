@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..passes.fitting.evidence import OutOfTimeError
@@ -57,16 +57,21 @@ class Alone:
         self._score(rest, until)
 
     def known(self) -> dict[tuple[int, Candidate], Scored]:
-        """What was measured of each unit and form; ``units`` of them where it is what they do together."""
+        """What was measured of each unit and form; with ``units`` where it is what those do together (see :mod:`shares`).
+
+        What was measured together goes before what of the same was measured alone, so that its parts are all of it.
+        """
         found = {}
         shared = self.shared()
         for unit, several in self.candidates.items():
             for each in several:
-                scored = self.records.get("alone", unit, str(each)) if each != KEEP else None
-                if scored is None and unit in shared.get(each, ()):
-                    scored = self.records.get("together", shared[each], str(each))
-                if scored is not None and "drift" in scored:
-                    found[unit, each] = {"units": 1, **scored}
+                units = shared.get(each, [])
+                together = self.records.get("together", units, str(each)) if unit in units else None
+                alone = self.records.get("alone", unit, str(each)) if each != KEEP else None
+                if together is not None and "drift" in together:
+                    found[unit, each] = {**together, "units": units}
+                elif alone is not None and "drift" in alone:
+                    found[unit, each] = alone
         return found
 
     def unknown(self) -> Several:
@@ -86,6 +91,10 @@ class Alone:
         return {each: units for each, units in found.items()
                 if len(units) > 1 and any(self.records.get("alone", unit, str(each)) is None for unit in units)}
 
+    def unknown_together(self) -> list[Candidate]:
+        """Of the shared forms those that are to be measured."""
+        return [each for each, units in self.shared().items() if self.records.get("together", units, str(each)) is None]
+
     def _measure_together(self, saved: Mapping[tuple[int, Candidate], float], limit: float) -> None:
         """Of the shared forms the one that saves most in any case."""
         order = sorted(self.shared().items(), key=lambda item: -sum(saved.get((unit, item[0]), 0.0) for unit in item[1]))
@@ -96,23 +105,29 @@ class Alone:
 
     def _score(self, wanted: Several, limit: float) -> None:
         """Measure what is ``wanted`` before ``limit``."""
-        wanted = {unit: several for unit, several in wanted.items() if several}
-
-        def enough() -> bool:
-            return time.monotonic() > limit
+        wanted = {unit: spread_out(several) if several[0].fitted else several for unit, several in wanted.items() if several}
 
         def keep(unit: int, each: Candidate, scored: Scored) -> None:
             self.records.put(scored, "alone", unit, str(each))
 
         if not wanted:
             return
+        if self.job.scheduler is None and self.job.workers <= 1:
+            self.score_here(wanted, limit, keep)
+            return
+        if time.monotonic() < limit:
+            self._score_elsewhere(wanted, limit, keep)
+        unit, several = next(iter(wanted.items()))
+        if not several[0].fitted and self.records.get("alone", unit, str(several[0])) is None:  # it is measured in any case
+            self.score_here({unit: several[:1]}, limit, keep)
+
+    def _score_elsewhere(self, wanted: Several, limit: float, keep: Callable[[int, Candidate, Scored], None]) -> None:
         if self.job.scheduler is not None:
             with cluster(self.job.scheduler, self.bench.setting) as (pool, workers, setting):
-                run_tasks(tasks_of(wanted, workers), setting, pool, keep, enough)
-        elif self.job.workers > 1:
-            run_tasks(tasks_of(wanted, self.job.workers), self.bench.setting, lambda: local_pool(self.job.workers), keep, enough)
+                run_tasks(tasks_of(wanted, workers()), setting, pool, keep, limit, workers)
         else:
-            self.score_here(wanted, limit, keep)
+            run_tasks(tasks_of(wanted, self.job.workers), self.bench.setting, lambda: local_pool(self.job.workers), keep, limit,
+                      lambda: self.job.workers)
 
     def score_here(self, wanted: Several, limit: float, keep: Callable[[int, Candidate, Scored], None]) -> None:
         """One after the other, each unit in its part of the time that is left, so that the last have their turn too.
@@ -123,8 +138,7 @@ class Alone:
         for number, (unit, several) in enumerate(wanted.items()):
             now = time.monotonic()
             share = now + (limit - now) / (len(wanted) - number)
-            order: Sequence[Candidate] = spread_out(several) if several[0].fitted else several
-            for place, each in enumerate(order):
+            for place, each in enumerate(several):
                 if time.monotonic() > share and (number or place or each.fitted):
                     break
                 self.progress(f"drift of {name_of(unit)}: {each}")

@@ -22,13 +22,15 @@ def estimate(job: SearchJob, bench: Bench, candidates: Mapping[int, Sequence[Can
     """The candidates, how many of them are to be measured, and about how many minutes that takes: one of them is measured."""
     shop = bench.workshop
     shapes = {block_key(shop, unit): unit for unit in shop.blocks}
-    drift = [*measuring.shared(), *(each for several in measuring.unknown().values() for each in several if each.parts is None)]
+    drift = [*measuring.unknown_together(),
+             *(each for several in measuring.unknown().values() for each in several if each.parts is None)]
     started = time.perf_counter()
     bench.yardstick.measure(shop.base.copy())
     one = time.perf_counter() - started
     forward = one / (2 * max(1, len(bench.split.choose)))
     fit = 4 * forward * len(bench.split.fit)  # the model twice, and as long for the moments
-    alone = len(drift) * 1.5 * one + fit * any(each.fitted for each in drift)
+    passes = {measuring.short and each.neurons == 0 for each in drift if each.fitted}  # inputs alone, neurons
+    alone = len(drift) * 1.5 * one + fit * len(passes)
     others = sum(len(several) - 1 for unit, several in candidates.items() if unit in _OUTSIDE)
     latency = (len(shapes) * _LATENCY + others * _OTHER) * len(traffic) + _WHOLE
     return {"model": str(job.model), "dry_run": True, "ffn_blocks": len(shop.blocks), "block_shapes": len(shapes),

@@ -31,6 +31,7 @@ from .prediction import Damage, Time
 from .records import Records, default_folder
 from .scoring import Bench, Setting, weight_bytes
 from .setup import identity_of, traffic_of
+from .shares import bytes_of, damages_of
 
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _TIMED = 0.3  # part of the budget after which no further form is timed in the whole model, but for the first of each unit
@@ -178,24 +179,23 @@ class Search:
     def _explore(self) -> None:
         laws = []
         for row in self.rows:
-            alone = {item: row.damage(found["drift"]) / found["units"] for item, found in self.alone.items()}
+            alone = damages_of(self.alone, row)
             laws.append(Damage({(unit, each): sum(alone[unit, part] for part in _measured(each))
                                 for unit, several in self.candidates.items() for each in several}))
-        bytes_of = {(unit, each): sum(self.alone[unit, part]["bytes"] / self.alone[unit, part]["units"] * share
-                                       for part, share in self._shares(unit, each))
-                    for unit, several in self.candidates.items() for each in several}
+        size = bytes_of(self.alone, self.bench.workshop.blocks)
+        sizes = {(unit, each): sum(size[unit, part] * share for part, share in self._shares(unit, each))
+                 for unit, several in self.candidates.items() for each in several}
         clock = Time(self.base_ms[1] / self.base_ms[0], {(unit, each): self.saved[unit, each]
                                                          for unit, several in self.candidates.items() for each in several})
-        self.problem = Problem(self.candidates, self.rows, laws, clock, bytes_of, weight_bytes(self.bench.workshop.base))
+        self.problem = Problem(self.candidates, self.rows, laws, clock, sizes, weight_bytes(self.bench.workshop.base))
         self._visit(dict.fromkeys(self.candidates, KEEP))
         levels = levels_of(self.job)
         self._visit_unfitted(levels[0])
         tried = dict.fromkeys(range(len(levels)), 0)
         while (choice := self._next(levels, tried)) is not None:
             self._visit(choice)
-        if len(self.points) == 1:  # measuring took the whole budget: a search that knows something faster does not end without it
-            for removed in (False, True):
-                self._visit_unfitted(levels[0], removed=removed, late=True)
+        if len(self.points) == 1:
+            self._visit_late(levels)
 
     def _next(self, levels: Sequence[Level], tried: dict[int, int]) -> Choice | None:
         """What to build next. What is known of plans costs no time, and the laws are better for it."""
@@ -207,8 +207,18 @@ class Search:
                     return choice
         return None
 
-    def _visit_unfitted(self, goal: Level, *, removed: bool = False, late: bool = False) -> None:
-        """First what needs no fit, integers above all: it drifts little on any data, and is the least that a search must beat.
+    def _visit_late(self, levels: Sequence[Level]) -> None:
+        """Where measuring took the whole budget: a search that knows something faster does not end without it.
+
+        With and without blocks that are left out it is what reaches the goal, or else the first level around it that can be.
+        """
+        for removed in (False, True):
+            any(self._visit_unfitted(level, removed=removed, late=True) for level in levels)
+
+    def _visit_unfitted(self, goal: Level, *, removed: bool = False, late: bool = False) -> bool:
+        """Whether what needs no fit reaches a level; the best of it is built where it is new.
+
+        It comes first, integers above all: it drifts little on any data, and is the least that a search must beat.
 
         Args:
             removed: blocks may be left out, too.
@@ -219,6 +229,7 @@ class Search:
         choice = choose(plain, *self.problem.program(goal))
         if choice is not None and self._worth_it(choice, late=late):
             self._visit(choice)
+        return choice is not None
 
     def _worth_it(self, choice: Choice, *, late: bool = False) -> bool:
         """Whether a choice is new, and known already or to be built in time."""

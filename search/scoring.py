@@ -12,7 +12,7 @@ from typing import Any
 
 from ..graph.errors import BrokenByPass, InputError
 from ..graph.model import Model
-from ..passes.fitting.evidence import Evidence
+from ..passes.fitting.evidence import Evidence, OutOfTimeError
 from ..passes.fitting.neuron_fit import NeuronFit
 from ..passes.split import Split, load_split
 from ..runtime.specs import input_specs
@@ -87,7 +87,7 @@ class Bench:
         """Measure forms of several units at once, none of them fitted."""
         started = time.perf_counter()
         found = self._measured(changes, {})
-        return {**found, "units": len(changes), "seconds": round(time.perf_counter() - started, 3)}
+        return {**found, "seconds": round(time.perf_counter() - started, 3)}
 
     def _scored(self, unit: int, each: Candidate) -> Scored:
         fits: dict[int, NeuronFit] = {}
@@ -150,10 +150,24 @@ def bench_of(setting: Setting) -> Bench:
     return Bench(setting)
 
 
-def score_several(setting: Setting, unit: int, several: Sequence[Candidate]) -> list[tuple[Candidate, Scored]]:
-    """What a worker does at once: candidates of one unit, which share their moments."""
+def score_several(setting: Setting, unit: int, several: Sequence[Candidate],
+                  left: float = math.inf) -> list[tuple[Candidate, Scored]]:
+    """What a worker does at once: candidates of one unit, which share their moments.
+
+    Args:
+        left: seconds, after which none begins and moments are given up; what was measured by then is returned.
+    """
+    until = time.monotonic() + left
     bench = bench_of(setting)
-    return [(each, bench.score(unit, each)) for each in several]
+    found = []
+    for each in several:
+        if time.monotonic() > until:
+            break
+        try:
+            found.append((each, bench.score(unit, each, until)))
+        except OutOfTimeError:
+            break
+    return found
 
 
 def _here(setting: Setting) -> tuple[Path, Path]:

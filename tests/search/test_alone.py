@@ -9,14 +9,20 @@ from functools import partial
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.alone as alone
 import ffnfold.search.latency as latency
+import ffnfold.search.run as run_module
 import pytest
+from ffn_graphs import Sketch
 from ffnfold.passes.fitting.evidence import OutOfTimeError
 from ffnfold.runtime import parse_limit
 from ffnfold.search import SearchJob, search_file
 from ffnfold.search.alone import Alone, promising
 from ffnfold.search.candidates import HEAD, KEEP, OTHERS, Candidate
+from ffnfold.search.goal import Row
+from ffnfold.search.levels import Problem, levels_of
+from ffnfold.search.prediction import Damage, Time
 from ffnfold.search.run import Search
 from ffnfold.search.scoring import Bench, Setting
+from ffnfold.search.shares import bytes_of, damages_of
 
 INT8 = Candidate(form="int8")
 
@@ -85,10 +91,11 @@ def test_what_was_measured_before_it_was_late_is_kept():
     assert measured == [0]
 
 
-def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job, workers):
     """The model has no linears outside its blocks: of those it is known that they cannot be rounded."""
     said = []
-    search = Search(job(minutes=5), said.append)
+    search = Search(job(minutes=5, workers=workers), said.append)
     for unit in (OTHERS, *range(3)):
         search.candidates[unit] = [KEEP, INT8, Candidate(form="8-bit"), Candidate(0)]
     saved = {(unit, each): value for unit in (OTHERS, *range(3)) for each, value in ((INT8, 0.1), (Candidate(form="8-bit"), 0.2))}
@@ -96,6 +103,15 @@ def test_one_form_of_the_blocks_and_one_of_the_rest_are_measured_in_any_case(job
     assert [message for message in said if message.startswith("drift")] == ["drift of all blocks together: 8-bit",
                                                                             "drift of attention: int8"]
     assert len(search.measuring.known()) == 3
+
+
+def test_workers_that_come_too_late_leave_one_form_to_be_measured_here(job):
+    """It takes longer than this to start a process."""
+    search = Search(job(minutes=20, workers=2), lambda message: None)
+    for unit, several in search.candidates.items():
+        search.candidates[unit] = [KEEP] if unit == OTHERS else [KEEP, *several[1:3]]
+    search.measuring.measure({}, time.monotonic() + 0.01)
+    assert len(search.measuring.known()) == 1
 
 
 def test_affine_maps_come_first_in_a_short_search(job):
@@ -108,6 +124,51 @@ def test_affine_maps_come_first_in_a_short_search(job):
     assert order == [f"moments of {what}block {unit}" for what in ("the input of ", "") for unit in range(3)]
 
 
+@pytest.mark.timeout(300)
+def test_moments_that_are_late_are_given_up_and_the_search_goes_on(job, tmp_path, monkeypatch, quick):
+    """The whole budget goes by while block 1 is gone through for its neurons."""
+    said, passed, real = [], [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
+
+    def progress(message):
+        said.append(message)
+        if message == "moments of block 1":
+            passed[0] += 60 * 60.0
+
+    report = search_file(job(minutes=5), progress)
+    moments = said[:said.index("moments of block 1") + 1]
+    assert [message for message in said if message.startswith("moments")] == [
+        message for message in moments if message.startswith("moments")]
+    keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache").rglob("*.json")]
+    slim = [[key for key in keys if key.startswith(f"('alone', {unit}, ") and ("slim" in key or "bare" in key)]
+            for unit in range(3)]
+    assert slim[0]
+    assert not slim[1]
+    assert not slim[2]
+    assert sum(key.startswith("('alone'") and "'affine'" in key for key in keys) == 3  # they came before
+    assert len(report["points"]) > 1
+
+
+@pytest.mark.parametrize(("gone", "timed"), [(0.05, 3), (0.35, 1)])
+def test_after_a_part_of_the_budget_only_one_form_of_each_unit_is_timed_in_the_whole_model(job, monkeypatch, gone, timed):
+    """Of the budget a part is gone by when it begins."""
+    asked = []
+
+    def saved(workshop, unit, each, traffic):
+        asked.append((unit, str(each)))
+        return {"saved": 0.1}
+
+    monkeypatch.setattr(run_module, "saved_in_whole", saved)
+    monkeypatch.setattr(run_module, "milliseconds_of_base", lambda *which: [1.0, 1.0])
+    search = Search(job(minutes=1000), lambda message: None)
+    search._began -= gone * 60 * 1000
+    forms = [INT8, Candidate(form="8-bit"), Candidate(form="4-bit")]
+    search.candidates = {unit: [KEEP, *forms] for unit in (OTHERS, HEAD)}
+    search._latency()
+    assert asked == [(unit, str(each)) for unit in (OTHERS, HEAD) for each in forms[:timed]]
+    assert search.candidates == {unit: [KEEP, *forms[:timed]] for unit in (OTHERS, HEAD)}
+
+
 @pytest.mark.parametrize("minutes", [5, 20])
 def test_in_a_short_search_integers_are_measured_in_all_blocks_together(job, minutes):
     search = Search(job(minutes=minutes), lambda message: None)
@@ -118,14 +179,40 @@ def test_in_a_short_search_integers_are_measured_in_all_blocks_together(job, min
                                                                                         [0, 1, 2, OTHERS])
     search.measuring.measure({}, time.monotonic() + 60)
     known = search.measuring.known()
-    units = {(unit, each): known[unit, each]["units"] for unit in range(3) for each in forms}
-    assert set(units.values()) == {3 if minutes < 10 else 1}
+    units = [known[unit, each].get("units") for unit in range(3) for each in forms]
+    assert all(each == ([0, 1, 2] if minutes < 10 else None) for each in units)
     assert not any(unit == OTHERS for unit, _ in known)  # this model has no linears outside its blocks
     assert not any(search.measuring.unknown().values())
     together = search.bench.yardstick.measure(search.bench.workshop.rewritten(dict.fromkeys(range(3), forms[0]), {}))
     whole = 1 - together["y"]["cosine_mean"]
-    shares = sum((1 - known[unit, forms[0]]["drift"]["y"]["cosine_mean"]) / known[unit, forms[0]]["units"] for unit in range(3))
+    shares = sum(damages_of(known, Row("cosine_mean", "y"))[unit, forms[0]] for unit in range(3))
     assert shares == pytest.approx(whole, rel=1e-6 if minutes < 10 else 0.9)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_blocks_have_their_own_parts_of_what_was_measured_together(job, tmp_path, gone):
+    """Of bytes by their weights; of damage by what they do to the outputs, which a wide block does no more than others."""
+    s = Sketch()
+    x = s.input("x", ["batch", "tokens", 64])
+    for number, d_ff in enumerate((1024, 64, 128)):
+        x = s.op("Add", x, s.ffn(s.norm(x, 64), 64, d_ff, activation="gelu", name=f"/layer.{number}/ffn"))
+    s.op("Identity", x, out=s.output("y", ["batch", "tokens", 64]))
+    s.save(tmp_path / "model.onnx")
+    search, row = Search(job(minutes=5), lambda message: None), Row("cosine_mean", "y")
+    for unit in range(3):
+        search.candidates[unit] = [KEEP, INT8, *([Candidate(removed=True)] if gone else [])]
+    search.measuring.measure({}, time.monotonic() + 60)
+    known = search.measuring.known()
+    alone = {(unit, INT8): search.bench.score(unit, INT8) for unit in range(3)}
+    sizes, really = bytes_of(known, search.bench.workshop.blocks), bytes_of(alone, {})
+    damages, done = damages_of(known, row), damages_of(alone, row)
+    for unit in range(3):
+        assert sizes[unit, INT8] == pytest.approx(really[unit, INT8], rel=0.2)
+        assert damages[unit, INT8] == pytest.approx(done[unit, INT8], rel=0.3 if gone else 0.6)
+    assert sum(sizes[unit, INT8] for unit in range(3)) == pytest.approx(known[0, INT8]["bytes"])
+    assert sum(damages[unit, INT8] for unit in range(3)) == pytest.approx(row.damage(known[0, INT8]["drift"]))
+    search.records.put(alone[0, INT8], "alone", 0, str(INT8))  # as a longer search leaves it
+    assert bytes_of(search.measuring.known(), search.bench.workshop.blocks) == sizes
 
 
 @pytest.mark.timeout(300)
@@ -138,6 +225,23 @@ def test_where_measuring_took_all_the_time_what_needs_no_fit_is_built_all_the_sa
     assert any("remove-ffn" in str(point["plan"]) for point in report["points"])
     assert not any("slim-ffn" in str(point["plan"]) for point in report["points"])
     assert report["speedup"] > 1
+
+
+def test_where_the_goal_cannot_be_reached_late_the_first_level_is_built_that_can(job, monkeypatch):
+    """With blocks and without."""
+    gone = Candidate(removed=True)
+    search = Search(job(minutes=5, limits=(), min_speedup=2.0), lambda message: None)
+    search.candidates = {unit: [KEEP, INT8, Candidate(0), gone] for unit in range(3)}
+    damage = {KEEP: 0.0, INT8: 0.01, Candidate(0): 0.02, gone: 0.1}
+    saved = {KEEP: 0.0, INT8: 0.14, Candidate(0): 0.3, gone: 0.2}
+    alone, clock = ({(unit, each): each_of[each] for unit in range(3) for each in each_of} for each_of in (damage, saved))
+    search.problem = Problem(search.candidates, search.rows, [Damage(alone)], Time(1.0, clock), dict.fromkeys(alone, 0.0), 0)
+    built = []
+    monkeypatch.setattr(search, "_visit", built.append)
+    search._visit_late(levels_of(search.job))
+    assert built[0] == dict.fromkeys(range(3), INT8)  # 1 / 0.58: of the levels it reaches 2 · 0.8 = 1.6 only
+    assert sorted(map(str, built[1].values())) == ["int8", "removed", "removed"]  # 1 / 0.46
+    assert len(built) == 2
 
 
 @pytest.mark.timeout(300)

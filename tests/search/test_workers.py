@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+import ffnfold.search.scoring as scoring
+import ffnfold.search.workers as workers_module
 import pytest
 from ffnfold.graph.errors import InputError
 from ffnfold.search.candidates import Candidate
 from ffnfold.search.delivery import pack, unpacked
-from ffnfold.search.scoring import Bench, Setting
+from ffnfold.search.scoring import Bench, Setting, bench_of, score_several
 from ffnfold.search.workers import cluster, local_pool, run_tasks, tasks_of
 
 WANTED = {unit: [Candidate(form="int8"), Candidate(64), Candidate(0), Candidate(ratio=0.5)] for unit in range(3)}
@@ -105,6 +108,80 @@ def test_what_kills_every_process_is_given_up_in_one_line(setting, tmp_path, mon
         collect(dying, [(0, [Candidate(form="int8")])], lambda: local_pool(1))
 
 
+def test_a_worker_gives_up_moments_that_are_late_and_what_comes_after(setting, monkeypatch):
+    """By its own clock, from when it began."""
+    bench_of(setting)
+    clock = itertools.count(1000.0)  # a second each time that it is looked at: before each candidate, and after each feed
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: next(clock))
+    several = [Candidate(form="int8"), Candidate(0), Candidate(64)]
+    assert [each for each, _ in score_several(setting, 1, several, 4.5)] == several[:1]
+    assert [each for each, _ in score_several(setting, 1, several, 1.5)] == several[:1]  # no moments to begin
+    assert score_several(setting, 1, several, 0.5) == []
+    assert [each for each, _ in score_several(setting, 1, several)] == several
+
+
+@pytest.mark.parametrize("at_once", [1, 2, None])
+def test_what_ends_soon_after_the_limit_counts_and_nothing_begins_after_it(setting, monkeypatch, at_once):
+    """Task 0 ends at 45 of 40 seconds, those beside it later."""
+    clock, begun, measured = [0.0], [], []
+    all_begun, told = threading.Barrier(at_once or 3), threading.Event()
+
+    def slow(setting, unit, several, left):
+        begun.append((unit, left))
+        all_begun.wait(30)
+        if unit:
+            told.wait(30)
+            time.sleep(0.2)
+        clock[0] = 45.0
+        return [(each, {}) for each in several]
+
+    def done(unit, each, scored):
+        measured.append(unit)
+        told.set()
+
+    monkeypatch.setattr(workers_module, "score_several", slow)
+    monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
+    run_tasks([(unit, [Candidate(0)]) for unit in range(3)], setting, lambda: ThreadPoolExecutor(3), done, 40.0,
+              None if at_once is None else lambda: at_once)
+    assert sorted(measured) == list(range(at_once or 3))
+    assert sorted(begun) == [(unit, 40.0) for unit in range(at_once or 3)]
+
+
+def test_a_task_begins_with_the_seconds_that_are_left_then(setting, monkeypatch):
+    clock, begun = [0.0], []
+
+    def slow(setting, unit, several, left):
+        begun.append((unit, left))
+        clock[0] += 15.0
+        return []
+
+    monkeypatch.setattr(workers_module, "score_several", slow)
+    monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
+    run_tasks([(unit, [Candidate(0)]) for unit in range(4)], setting, lambda: ThreadPoolExecutor(1), lambda *found: None, 40.0,
+              lambda: 1)
+    assert begun == [(0, 40.0), (1, 25.0), (2, 10.0)]
+
+
+def test_what_does_not_end_is_left_behind(setting, monkeypatch):
+    monkeypatch.setattr(workers_module, "_GRACE", 0.05)
+    going, measured = threading.Event(), []
+
+    def slow(setting, unit, several, left):
+        if unit:
+            going.wait(30)
+        return [(each, {}) for each in several]
+
+    class Leaving(ThreadPoolExecutor):
+        def __exit__(self, *error):
+            going.set()  # here run_tasks no longer waits
+            return super().__exit__(*error)
+
+    monkeypatch.setattr(workers_module, "score_several", slow)
+    run_tasks([(unit, [Candidate(0)]) for unit in range(2)], setting, lambda: Leaving(2),
+              lambda unit, each, scored: measured.append(unit), time.monotonic() + 0.5)
+    assert measured == [0]
+
+
 def test_nobody_at_the_address_is_one_line(setting):
     pytest.importorskip("distributed")
     with pytest.raises(InputError, match="nobody answers there"), cluster("tcp://127.0.0.1:1", setting):
@@ -119,7 +196,7 @@ def test_a_cluster_of_which_a_worker_is_killed_measures_what_one_process_measure
                                   local_directory=str(tmp_path / "dask")) as local:
         victim = next(iter(local.workers.values())).process.pid
         with cluster(local.scheduler_address, setting) as (pool, workers, sent):
-            assert workers == 4
+            assert workers() == 4
             killed = threading.Timer(3.0, os.kill, (victim, signal.SIGKILL))
             killed.start()
             assert_same(collect(sent, tasks_of(WANTED, 12), pool), alone)

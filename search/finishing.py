@@ -13,7 +13,7 @@ from ..passes.skip_padding import MASK
 from .latency import Traffic, race_whole
 from .workshop import Workshop
 
-FINISHING = {"fuse-attention": 1.0, "skip-padding": 0.99}
+FINISHING = {"skip-padding": 0.99}
 """In the order in which they are tried, and run: the part of the time that must be left, at most."""
 
 

@@ -98,7 +98,7 @@ class Problem:
         if level.bytes is not None:
             bounds.append(Bound(self.bytes_of, level.bytes - self.base_bytes))
         if level.time is not None:
-            bounds.append(Bound(time, level.time - self.clock.base))
+            bounds.append(Bound(time, level.time - self.clock.level))
         if level.damage is None:
             return self._harm(time), bounds
         for row, law in zip(self.rows, self.laws, strict=True):

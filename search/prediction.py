@@ -1,7 +1,7 @@
 """What a choice will cost and gain: sums over units, corrected by the choices that were measured.
 
     damage   D = e^a S^p,  S = Σ_u m[u, c] s[u, c]      s: measured alone;  a, p, m: fitted, 0, 1 and 1 before
-    time     T = T_base − Σ_u g[c] v[u, c]              v: saved, measured alone;  g: fitted, 1 before
+    time     T = T_base − Σ_u g[c] v[u, c]              v: saved, measured alone;  g: fitted, 1 before;  T_base: mean of its races
 
 Errors of blocks are not independent, and a fit makes good what the blocks before it did wrong, so sums are only a beginning:
 after each choice that was built and measured, a, p and the multipliers move to the least-squares fit, held near where they began.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .candidates import Candidate, Choice
+from .candidates import KEEP, Candidate, Choice
 from .choice import Sizes
 
 _SCATTER = 0.1  # of ln D around the law
@@ -84,14 +84,19 @@ class Time:
     """The law of the time, as a part of the original's.
 
     Attributes:
-        base: after the exact passes; saved: by each unit in each form, measured alone.
+        base: after the exact passes, as it was measured first; saved: by each unit in each form, measured alone.
         general, gains: by what all savings are multiplied, and those of a form beside.
+        level: after the exact passes, over all races.
     """
 
     base: float
     saved: Sizes
     general: float = 1.0
     gains: dict[str, float] = field(default_factory=dict)
+    level: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.level = self.base
 
     def sizes(self) -> dict[tuple[int, Candidate], float]:
         """What each unit in each form saves."""
@@ -101,7 +106,7 @@ class Time:
     def of(self, choice: Choice) -> float:
         """T."""
         sizes = self.sizes()
-        return max(0.02, self.base - sum(sizes[item] for item in choice.items()))
+        return max(0.02, self.level - sum(sizes[item] for item in choice.items()))
 
     def learn(self, measured: Sequence[tuple[Choice, float]]) -> None:
         """Fit the gains to choices and their times."""
@@ -109,13 +114,14 @@ class Time:
         self.general, self.gains = 1.0, {}
         if not measured:
             return
+        self.level = float(np.mean([self.base, *(time for choice, time in measured if set(choice.values()) <= {KEEP})]))
         features = np.zeros((len(measured), 1 + len(names)))
         target = np.zeros(len(measured))
         for row, (choice, time) in enumerate(measured):
             for item in choice.items():
                 features[row, 0] += self.saved[item]
                 features[row, 1 + names.index(str(item[1]))] += self.saved[item]
-            target[row] = self.base - time - features[row, 0]
+            target[row] = self.level - time - features[row, 0]
         prior = np.array([1 / _OF_ALL_SAVINGS, *[1 / _OF_SAVING] * len(names)])
         found = np.linalg.solve(features.T @ features / _OF_TIME ** 2 + np.diag(prior ** 2), features.T @ target / _OF_TIME ** 2)
         self.general = 1.0 + float(found[0])

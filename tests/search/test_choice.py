@@ -90,6 +90,15 @@ def test_time_learns_what_is_really_saved():
     assert clock.of({0: Candidate(0), 1: Candidate(0), 2: Candidate(0)}) == pytest.approx(0.79, abs=0.01)
 
 
+def test_time_learns_where_savings_begin():
+    clock = Time(0.6, {(0, KEEP): 0.0, (0, FORMS[1]): 0.2})
+    assert clock.of({0: FORMS[1]}) == pytest.approx(0.4)
+    clock.learn([({0: KEEP}, 0.8)])
+    assert clock.of({0: KEEP}) == pytest.approx(0.7)  # the mean of both races
+    assert clock.of({0: FORMS[1]}) == pytest.approx(0.5, abs=1e-3)
+
+
+
 @pytest.mark.parametrize("metric", [*METRICS, "perplexity", "score"])
 def test_more_drift_is_more_damage(metric):
     better, worse = (0.99, 0.9) if metric.startswith(("cosine", "top")) else (40, 20) if metric == "sqnr_db" else (1.01, 1.2)

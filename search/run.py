@@ -16,19 +16,19 @@ from ..passes.optimize import Job, check_apart, check_places
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
 from .alone import Alone
-from .candidates import HEAD, KEEP, MEANING, OTHERS, Candidate, Choice, name_of, plan_of
+from .candidates import KEEP, MEANING, Candidate, Choice, plan_of
 from .choice import choose, text_of
 from .estimate import estimate
-from .finishing import FINISHING, finishing_passes, passes_of
 from .front import Expected, Point
 from .front_models import FrontModels
 from .goal import OWN, Row, rows_of
 from .job import SearchJob
-from .latency import block_key, block_times, milliseconds_of_base, race_whole, saved_in_whole
+from .latency import race_whole
 from .levels import Level, Problem, levels_of, turn
 from .outcome import add_front, beside, write_beside, write_best
 from .prediction import Damage, Time
 from .records import Records, default_folder
+from .savings import Savings
 from .scoring import Bench, Setting, weight_bytes
 from .setup import identity_of, traffic_of
 from .shares import bytes_of, damages_of
@@ -36,8 +36,6 @@ from .shares import bytes_of, damages_of
 _SHORT = 10.0  # minutes; below, fewer widths are tried
 _TIMED = 0.3  # part of the budget after which no further form is timed in the whole model, but for the first of each unit
 _ALONE = 0.6  # part of the budget after which no further form is measured alone
-_LITTLE = 0.02  # of the time of the original, below which what blocks save is not scaled
-_SCALES = 0.5, 2.5  # by no less and no more, whatever was measured
 _FASTER = 0.98  # a form must take less of the time of a block to be worth its drift
 Progress = Callable[[str], None]
 
@@ -65,8 +63,8 @@ class Search:
         folder = job.cache or default_folder()
         machine, identity, source = identity_of(job, self.bench)
         self.records = Records(folder / identity)
-        self.timings = Records(folder / "latency")
-        self._machine = (machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic])
+        where = machine, MEANING, job.target, job.threads, [(each.name, each.weight) for each in self.traffic]
+        self.savings = Savings(self.bench.workshop, self.traffic, self.records, Records(folder / "latency"), where, progress)
         self.fits = Fits(folder / identity / "fits")
         self.candidates = self.bench.workshop.candidates(few=self.setting.short)
         self.measuring = Alone(job, self.bench, self.records, self.candidates, progress)
@@ -100,74 +98,12 @@ class Search:
                 self.models.close()
 
     def _latency(self) -> None:
-        shop = self.bench.workshop
-        ending = self.records.measure(partial(finishing_passes, shop, self.traffic), "finishing", list(FINISHING), self._machine)
-        shop.last = passes_of(ending["passes"])
-        self._machine = (*self._machine, *ending["passes"])
-        self.base_ms = self.records.measure(partial(self._telling, "timing the model", milliseconds_of_base,
-                                                    self.bench.workshop, self.traffic), "base", self._machine)
-        self.saved: dict[tuple[int, Candidate], float] = {}
-        cut: list[int] = []
-        for unit, several in self.candidates.items():
-            if unit in (OTHERS, HEAD):
-                self._time_whole(unit, several[1:], name_of(unit))
-            else:
-                cut += [unit] * self._time_block(unit, several)
-            self.saved[unit, KEEP] = 0.0
-        self._scale(cut)
+        self.savings.measure(self.candidates, self._began + _TIMED * 60 * self.job.minutes)
+        self.saved = self.savings.saved
         for unit, several in self.candidates.items():
             slow = (1 - _FASTER) * max((value for (other, _), value in self.saved.items() if other == unit), default=0.0)
             self.candidates[unit] = [each for each in several if each == KEEP or (
                 (unit, each) in self.saved and (self.saved[unit, each] > slow or self.job.max_bytes is not None))]
-
-    def _time_whole(self, unit: int, several: Sequence[Candidate], *what: object) -> None:
-        for number, each in enumerate(several):
-            if number and time.monotonic() > self._began + _TIMED * 60 * self.job.minutes:
-                break
-            message = f"timing {name_of(unit)} in the whole model: {each}"
-            part = self.records.measure(partial(self._telling, message, saved_in_whole, self.bench.workshop, {unit: each},
-                                                self.traffic), *what, str(each), self._machine)
-            if part["saved"] is not None:
-                self.saved[unit, each] = part["saved"] * self.base_ms[1] / self.base_ms[0]
-
-    def _time_block(self, unit: int, several: Sequence[Candidate]) -> bool:
-        """Time a block cut out, else in the whole model; whether it could be cut out."""
-        shop = self.bench.workshop
-        measuring = partial(self._telling, f"timing block {unit}", block_times, shop, unit, several, self.traffic)
-        times = self.timings.measure(measuring, "block", block_key(shop, unit), [str(each) for each in several], self._machine)
-        kept = times.get(str(KEEP))
-        if kept is None:
-            self._time_whole(unit, [each for each in several[1:] if each.neurons is None], "whole", block_key(shop, unit))
-            return False
-        for each in several:
-            if times.get(str(each)) is not None:
-                self.saved[unit, each] = (kept - times[str(each)]) / self.base_ms[0]
-        return True
-
-    def _scale(self, cut: Sequence[int]) -> None:
-        """Bring what blocks save, cut out, to what they save in the whole model: all of them at once, each in its fastest form
-        that needs no fit."""
-        fastest = {}
-        for unit in cut:
-            saved = {each: self.saved.get((unit, each), 0.0) for each in self.candidates[unit] if each.form and not each.fitted}
-            if max(saved.values(), default=0.0) > 0:
-                fastest[unit] = max(saved, key=lambda each: saved[each])
-        apart = sum(self.saved[item] for item in fastest.items())
-        if apart < _LITTLE:
-            return
-        part = self.records.measure(partial(self._telling, "timing all blocks in the whole model", saved_in_whole,
-                                            self.bench.workshop, fastest, self.traffic), "scale", text_of(fastest), self._machine)
-        if part["saved"] is None:
-            return
-        least, most = _SCALES
-        scale = min(most, max(least, part["saved"] * self.base_ms[1] / self.base_ms[0] / apart))
-        for unit in cut:
-            self.saved |= {(unit, each): scale * self.saved[unit, each] for each in self.candidates[unit]
-                           if (unit, each) in self.saved}
-
-    def _telling(self, message: str, how: Callable[..., Any], *arguments: Any) -> Any:
-        self.progress(message)
-        return how(*arguments)
 
     def _alone(self) -> None:
         self.measuring.measure(self.saved, self._began + _ALONE * 60 * self.job.minutes)
@@ -185,7 +121,7 @@ class Search:
         size = bytes_of(self.alone, self.bench.workshop.blocks)
         sizes = {(unit, each): sum(size[unit, part] * share for part, share in self._shares(unit, each))
                  for unit, several in self.candidates.items() for each in several}
-        clock = Time(self.base_ms[1] / self.base_ms[0], {(unit, each): self.saved[unit, each]
+        clock = Time(self.savings.base, {(unit, each): self.saved[unit, each]
                                                          for unit, several in self.candidates.items() for each in several})
         self.problem = Problem(self.candidates, self.rows, laws, clock, sizes, weight_bytes(self.bench.workshop.base))
         self._visit(dict.fromkeys(self.candidates, KEEP))
@@ -236,7 +172,7 @@ class Search:
         return text_of(choice) not in self.points and (late or not self.over or not self._unbuilt(choice))
 
     def _unbuilt(self, choice: Choice) -> bool:
-        return self.records.get("built", self._plan(choice).to_yaml(), self._machine) is None
+        return self.records.get("built", self._plan(choice).to_yaml(), self.savings.where) is None
 
     def _shares(self, unit: int, each: Candidate) -> list[tuple[Candidate, float]]:
         """What was measured of a candidate, and how much of it: of a pair only the neurons left change their form."""
@@ -253,7 +189,7 @@ class Search:
     def measured(self, choice: Choice, expected: Expected) -> Point:
         """The model of a choice, built and measured, or as it was measured before; its time is infinite where it is refused."""
         plan = self._plan(choice)
-        found = self.records.measure(partial(self._build, choice, plan), "built", plan.to_yaml(), self._machine)
+        found = self.records.measure(partial(self._build, choice, plan), "built", plan.to_yaml(), self.savings.where)
         if "refused" in found:
             self._refused = self._refused or found["refused"]
             return Point(dict(choice), plan, {}, math.inf, 0, expected)
@@ -292,10 +228,11 @@ class Search:
         if self.models is not None:
             for entry, point in zip(report["front"], front, strict=True):
                 entry["model"] = str(self.models.settle(point.plan, partial(self._made, point.plan)))
-        report |= {"measured": self.records.measured + self.timings.measured,
-                   "reused": self.records.reused + self.timings.reused, "seconds": round(time.monotonic() - self._began, 1)}
+        kept = (self.records, self.savings.timings)
+        report |= {"measured": sum(each.measured for each in kept), "reused": sum(each.reused for each in kept),
+                   "seconds": round(time.monotonic() - self._began, 1)}
         if self.job.beside:
-            write_beside(self.job, best, report, self._machine[0])
+            write_beside(self.job, best, report, self.savings.where[0])
         return report
 
 

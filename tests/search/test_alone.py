@@ -9,7 +9,7 @@ from functools import partial
 import ffnfold.passes.optimize as optimize
 import ffnfold.search.alone as alone
 import ffnfold.search.latency as latency
-import ffnfold.search.run as run_module
+import ffnfold.search.savings as savings
 import pytest
 from ffn_graphs import Sketch
 from ffnfold.passes.fitting.evidence import OutOfTimeError
@@ -154,12 +154,12 @@ def test_after_a_part_of_the_budget_only_one_form_of_each_unit_is_timed_in_the_w
     """Of the budget a part is gone by when it begins."""
     asked = []
 
-    def saved(workshop, unit, each, traffic):
-        asked.append((unit, str(each)))
+    def saved(workshop, changes, traffic):
+        asked.extend((unit, str(each)) for unit, each in changes.items())
         return {"saved": 0.1}
 
-    monkeypatch.setattr(run_module, "saved_in_whole", saved)
-    monkeypatch.setattr(run_module, "milliseconds_of_base", lambda *which: [1.0, 1.0])
+    monkeypatch.setattr(savings, "saved_in_whole", saved)
+    monkeypatch.setattr(savings, "milliseconds_of_base", lambda *which: [1.0, 1.0])
     search = Search(job(minutes=1000), lambda message: None)
     search._began -= gone * 60 * 1000
     forms = [INT8, Candidate(form="8-bit"), Candidate(form="4-bit")]
@@ -167,6 +167,27 @@ def test_after_a_part_of_the_budget_only_one_form_of_each_unit_is_timed_in_the_w
     search._latency()
     assert asked == [(unit, str(each)) for unit in (OTHERS, HEAD) for each in forms[:timed]]
     assert search.candidates == {unit: [KEEP, *forms[:timed]] for unit in (OTHERS, HEAD)}
+
+
+@pytest.mark.parametrize(("whole", "scale"), [(0.3, 1.5), (0.9, 2.5), (0.02, 0.5), (None, 1.0)])
+def test_what_cut_blocks_save_is_scaled_to_the_whole_model(job, monkeypatch, whole, scale):
+    """Two blocks, each 0.1 of the time faster in its fastest form that needs no fit."""
+    asked = []
+
+    def saved(workshop, changes, traffic):
+        asked.append(changes)
+        return {"saved": whole}
+
+    forms = [KEEP, INT8, Candidate(form="8-bit"), Candidate(64)]
+    times = dict(zip(map(str, forms), (0.5, 0.4, 0.45, 0.3), strict=True))
+    monkeypatch.setattr(savings, "saved_in_whole", saved)
+    monkeypatch.setattr(savings, "milliseconds_of_base", lambda *which: [1.0, 1.0])
+    monkeypatch.setattr(savings, "block_times", lambda *which: times)
+    search = Search(job(minutes=20), lambda message: None)
+    search.savings.measure({0: forms, 1: forms}, time.monotonic() + 60)
+    assert asked == [{0: INT8, 1: INT8}]
+    for unit in (0, 1):
+        assert [search.savings.saved[unit, each] for each in forms] == pytest.approx([0, 0.1 * scale, 0.05 * scale, 0.2 * scale])
 
 
 @pytest.mark.parametrize("minutes", [5, 20])

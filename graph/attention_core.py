@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from .constant import integers, scalar
+from .constant import fold, integers, scalar
 from .edit import consumers, is_output, producer
 from .rejection import Refusal
 
@@ -128,11 +128,17 @@ def _factor(node: gs.Node) -> tuple[gs.Tensor, float] | None:
     """What a product with a number multiplies, and the number."""
     if node.op not in ("Mul", "Div") or len(node.inputs) != 2:
         return None
-    number = scalar(node.inputs[1])
+    number = _number(node.inputs[1])
     if number is not None and number != 0:
         return node.inputs[0], number if node.op == "Mul" else 1 / number
-    number = scalar(node.inputs[0]) if node.op == "Mul" else None
+    number = _number(node.inputs[0]) if node.op == "Mul" else None
     return (node.inputs[1], number) if number is not None else None
+
+
+def _number(tensor: gs.Tensor) -> float | None:
+    """The number that a value always is, if it broadcasts against four axes."""
+    folded = fold(tensor)
+    return None if folded is None or folded.overridable or len(folded.shape) > 4 else scalar(tensor)
 
 
 def _divided(tensor: gs.Tensor, wanted: tuple[int, ...]) -> tuple[gs.Node, float] | Refusal:

@@ -119,6 +119,9 @@ def _why_no_mask(model: Model, specs: Sequence[InputSpec]) -> Refused | None:
     if mask.shape is None or len(mask.shape) != 2 or None in mask.shape or mask.shape != (tokens.shape or ())[:2]:
         return Refused(f"it is {mask.shape_text} and '{tokens.name}' {tokens.shape_text}: they must say to be of one batch and "
                        "as many tokens", MASK)
+    twin = next((spec for spec in specs if spec.name.startswith("decoder") and (spec.shape or ())[:2] == mask.shape), None)
+    if twin is not None:
+        return Refused(f"'{twin.name}' has as many tokens by its dimensions, and padding of its own", MASK)
     return None
 
 
@@ -139,13 +142,13 @@ def _measure(model: Model, specs: Sequence[InputSpec], context: Context) -> _Mea
 
 
 def _made_up(model: Model, specs: Sequence[InputSpec], sizes: tuple[int, int]) -> Feed:
-    """A feed whose first sequence has no padding, the others ever more."""
+    """A feed in which every sequence has more padding, at its end, than the one before it."""
     shape = next(spec.shape for spec in specs if spec.name == MASK)
     assert shape is not None
     wanted = tuple(dim if isinstance(dim, int) else size for dim, size in zip(shape, sizes, strict=True))
     feed = dict(synthetic_feeds(specs, {MASK: wanted}, model=model)[0])
     batch, tokens = wanted
-    lengths = np.linspace(tokens, max(1, tokens // 3), batch).astype(int)
+    lengths = np.linspace(tokens, max(1, tokens // 3), batch + 1)[1:].astype(int)
     feed[MASK] = (np.arange(tokens) < lengths[:, None]).astype(feed[MASK].dtype)
     return feed
 

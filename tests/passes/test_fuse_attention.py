@@ -190,6 +190,14 @@ def test_scaled_values(tmp_path):
     assert "its values are scaled" in refusal(Scaled().build(), tmp_path)
 
 
+def test_a_scale_that_the_caller_may_override(tmp_path):
+    def given(s: Heads, q: str, k: str) -> str:
+        return s.op("Mul", s.op("MatMul", q, k), s.weight(np.asarray(0.5, np.float32), s.input("scale", [])))
+
+    s = Heads(scores=given).build()
+    assert "no product, scaled, and a mask" in refusal(s, tmp_path, [feed()])
+
+
 def test_a_mask_by_where(tmp_path):
     def chosen(s: Heads, q: str, k: str) -> str:
         return s.op("Where", s.weight(np.tri(5) > 0), s.scaled(q, k), s.number(-1e4))

@@ -271,6 +271,27 @@ def test_the_first_token_may_be_read_where_feeds_say_that_it_counts(tmp_path):
     assert refusal(s, tmp_path, left).startswith("first: it reads rows that are padding")
 
 
+def test_a_batch_of_one_is_tried_with_padding_too(tmp_path):
+    s = Encoder(dims=(1, "tokens"))
+    s.inputs[0].type.tensor_type.shape.dim[0].dim_value = 1
+    s.layers()
+    assert refusal(s.give_mean(masked=False), tmp_path).startswith("mean: it reads rows that are padding")
+
+
+def test_a_decoder_beside_it_is_refused(tmp_path):
+    s = Encoder()
+    s.layers()
+    s.op("Identity", s.input("decoder_input_ids", ["batch", "tokens"], TensorProto.INT64),
+         out=s.output("same", None, TensorProto.INT64))
+    assert "'decoder_input_ids' has as many tokens" in refusal(s.give_rows(), tmp_path)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    s = Encoder()
+    s.op("ArgMax", s.layers(), out=s.output("best", None, TensorProto.INT64), axis=-1)
+    assert "no floating-point output" in refusal(s, tmp_path)
+
+
 def test_nothing_to_pack_is_refused(tmp_path):
     s = Encoder()
     s.op("Identity", s.last, out=s.output("y", ROWS))

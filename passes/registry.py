@@ -24,6 +24,7 @@ from .quantize_ffn import QuantizeFFN
 from .remove_attention import RemoveAttention
 from .remove_ffn import RemoveFFN
 from .remove_layer import RemoveLayer
+from .separate_resize import SeparateResize
 from .share_ffn import ShareFFN
 from .slim_ffn import SlimFFN
 from .sparsify_ffn import SparsifyFFN
@@ -32,8 +33,8 @@ from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
     BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseMatMul,
-    LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer, ShareFFN,
-    SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
+    LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer,
+    SeparateResize, ShareFFN, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

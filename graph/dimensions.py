@@ -75,7 +75,7 @@ def _reshaped(node: gs.Node, before: Dimensions | None, depth: int) -> Dimension
     copies = not node.attrs.get("allowzero", 0)
     after: Dimensions = [
         (before[axis] if before is not None and axis < len(before) else None) if dim == 0 and copies else
-        None if dim == -1 else dim for axis, dim in enumerate(target)]
+        None if dim is None or dim < 0 else dim for axis, dim in enumerate(target)]
     if before is not None and None not in before and after.count(None) == 1:
         size = math.prod(dim for dim in before if dim is not None)
         rest = math.prod(dim for dim in after if dim is not None)

@@ -57,6 +57,8 @@ def read_resize(node: gs.Node, opset: int, provider: str) -> Resized | Refused |
     """``node`` read as a cubic Resize, why it stays, or None where that goes without saying."""
     if node.op != "Resize" or node.domain not in (None, "", "ai.onnx") or opset < 11 or node.attrs.get("mode") != "cubic":
         return None
+    if not node.inputs or not node.outputs:
+        return None
     value = node.outputs[0].name
     reason = _by_attributes(node, provider)
     if reason is not None:
@@ -101,7 +103,7 @@ def _axes(node: gs.Node, shape: list[int]) -> tuple[Axis, Axis] | str | None:
     numbers = None if folded is None or folded.overridable else folded.load().reshape(-1)
     if numbers is None and kind == "scales":
         return "its scales are computed in the graph, and ONNX Runtime copies what keeps its size whatever the scale"
-    if numbers is not None and len(numbers) != len(named):
+    if numbers is not None and (len(numbers) != len(named) or not np.isfinite(numbers).all()):
         return None
     if kind == "scales":
         return _scaled(shape, dict(zip(named, numbers, strict=True)))  # type: ignore[arg-type]

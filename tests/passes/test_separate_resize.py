@@ -239,6 +239,13 @@ def test_scales_that_are_computed_stay(tmp_path):
     stays(s, tmp_path, "scales are computed")
 
 
+@pytest.mark.parametrize("scales", [(float("nan"), 2), (float("inf"), 2), (0, 2), (-1, 0.5), (1e-3, 0.5)])
+def test_scales_of_which_nothing_comes_stay(tmp_path, scales):
+    path = scaled(*scales).save(tmp_path / "m.onnx")
+    [result] = run_plan(Model.load(path), Plan.parse(["separate-resize"]), threads=1)
+    assert (result.fired, result.refused) == (0, [])
+
+
 def test_scales_that_the_caller_may_override_stay(tmp_path):
     s = scaled(0.5, 0.5)
     [name] = s.initializers

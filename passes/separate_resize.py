@@ -28,16 +28,18 @@ class SeparateResize(Pass):
 
         R_h  = Resize(I_H) to h × H      R_wᵀ = Resize(I_W) to W × w      with the attributes of the original
 
-    Interpolation is linear in the pixels, and its weights are products of one for the row and one for the column
-    (ONNX Resize: "N-dimensional interpolation is separable"), so what it makes of an identity is the matrix that does the
-    same to anything. Sizes may be computed in the graph, as in vision transformers that interpolate their position
-    embedding at every run. ONNX Runtime's cubic kernel for the CPU looks every pixel up in a hash table, in one thread.
+    Interpolation is linear in the pixels, and each of its weights is one for the row times one for the column (ONNX's
+    reference implementation of Resize, ``onnx.reference.ops.op_resize``, goes axis by axis), so what it makes of an
+    identity is the matrix that does the same to anything. Sizes may be computed in the graph, as in vision transformers
+    that interpolate their position embedding at every run. ONNX Runtime's cubic kernel for the CPU looks every pixel up
+    in a hash table, in one thread.
 
-    Does not fire on nearest or linear interpolation (nearest has no products, and the linear kernel is as fast: two products
-    are 0.21 to 1.49 times as fast, by ``benchmarks/separate_resize.py``); with ``antialias``, which has a kernel of its own; on crops
-    (``tf_crop_and_resize``), on sizes that keep the aspect ratio, on scales that are computed in the graph or leave a size
-    as it is; where channels, height and width are not known, or too few or too large for it to pay; on other types than
-    float32 and float16 (whose products are taken in float32, so that they are rounded once, as by Resize); on CUDA.
+    Does not fire on nearest or linear interpolation (nearest has no products, and the linear kernel is as fast: two
+    products are 0.21 to 1.49 times as fast, by ``benchmarks/separate_resize.py``); with ``antialias``, which has a kernel
+    of its own; on crops (``tf_crop_and_resize``), on sizes that keep the aspect ratio, on scales that are computed in the
+    graph or leave a size as it is; where channels, height and width are not known, or too few or too large for it to pay;
+    on other types than float32 and float16 (whose products are taken in float32, so that they are rounded once, as by
+    Resize); on CUDA.
 
     A number that is not finite spreads over its row and column, not only over four pixels each way.
     """

@@ -306,6 +306,13 @@ def _divide(node: gs.Node, a: Folded, b: Folded) -> Folded | None:
     return _computed(np.broadcast_shapes(a.shape, b.shape), a.onnx_type, lambda: np.asarray(a.load() / b.load()))
 
 
+def _power(node: gs.Node, a: Folded, b: Folded) -> Folded | None:
+    if a.onnx_type not in FLOATS:
+        return None
+    return _computed(np.broadcast_shapes(a.shape, b.shape), a.onnx_type,
+                     lambda: np.asarray(np.power(a.load(), b.load())).astype(numpy_type(a.onnx_type)))
+
+
 def _matmul(node: gs.Node, a: Folded, b: Folded) -> Folded | None:
     if len(a.shape) != 2 or len(b.shape) != 2 or a.onnx_type not in FLOATS:
         return None
@@ -331,5 +338,5 @@ _RULES: dict[str, Callable[..., Folded | None]] = {
     "Identity": _identity, "Cast": _cast, "CastLike": _cast, "Transpose": _transpose, "Reshape": _reshape,
     "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Gather": _gather, "Slice": _slice, "DequantizeLinear": _dequantize,
     "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply),
-    "Div": _divide, "MatMul": _matmul, "Concat": _concat,
+    "Div": _divide, "Pow": _power, "MatMul": _matmul, "Concat": _concat,
 }

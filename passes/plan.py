@@ -99,13 +99,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-EXACT_PLAN = ("clean-up", "dedupe-weights", "separate-resize", "canonicalize-ffn", "drop-neurons", "fold-norm", "fold-bias",
-              "fuse-matmul", "merge-linears")
+EXACT_PLAN = ("clean-up", "dedupe-weights", "canonicalize-ffn", "drop-neurons", "fold-norm", "fold-bias", "fuse-matmul",
+              "separate-resize", "merge-linears")
 """The exact passes, as texts for :meth:`Plan.parse`, in this order:
 
 * ``clean-up`` first, so that the others see through Identity; ``dedupe-weights`` next, so that they know what is shared;
 * ``canonicalize-ffn`` before what folds, which then meets fewer forms, and no Reshape between a norm and a linear;
-* then what folds, and ``merge-linears`` last, which goes by what the others left (and does nothing unless it is forced).
+* then what folds; ``separate-resize``, which has to do with none of them;
+* ``merge-linears`` last, which goes by what the others left (and does nothing unless it is forced).
 """
 
 

@@ -15,7 +15,7 @@ def why_not_same(before: Model, after: Model, feeds: Feeds, bound: float, reason
     """
     drift = compare(before, after, feeds, provider=context.provider, threads=context.threads, allow_cpu=True, lean=True)
     if not drift.outputs:
-        return Refused("it has no floating-point output that would show whether it is the same")
+        return Refused("there is no output that would show whether it is the same")
     for name, metrics in drift.outputs.items():
         error = metrics["rel_l2"]
         if error is None or not error <= bound:

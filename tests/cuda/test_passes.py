@@ -22,7 +22,9 @@ EXAMPLES = {"bilinear-ffn": ["bilinear-ffn:blocks=1"], "factorize-ffn": ["factor
             "fuse-matmul": ["fuse-matmul"],
             "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=stein,blocks=1", "linearize-ffn:fit=neuron,blocks=2",
                               "linearize-ffn:fit=neuron,coverage=0.9,blocks=2"],
-            "merge-linears": ["merge-linears:force=true"], "quantize-ffn": ["quantize-ffn:form=weight-only"],
+            "merge-linears": ["merge-linears:force=true"],
+              # leaves a model for CUDA alone
+            "quantize-ffn": ["quantize-ffn:form=weight-only"],
             "remove-ffn": ["remove-ffn:blocks=1", "remove-ffn:count=1,by=output", "remove-ffn:keep=scale,blocks=1",
                            "remove-ffn:keep=rank,blocks=1", "remove-ffn:keep=ladder,within=0.1"],
             "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"], "to-half": ["to-half", "to-half:dtype=bfloat16"]}

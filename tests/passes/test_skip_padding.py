@@ -286,12 +286,6 @@ def test_a_decoder_beside_it_is_refused(tmp_path):
     assert "'decoder_input_ids' has as many tokens" in refusal(s.give_rows(), tmp_path)
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    s = Encoder()
-    s.op("ArgMax", s.layers(), out=s.output("best", None, TensorProto.INT64), axis=-1)
-    assert "no floating-point output" in refusal(s, tmp_path)
-
-
 def test_nothing_to_pack_is_refused(tmp_path):
     s = Encoder()
     s.op("Identity", s.last, out=s.output("y", ROWS))

@@ -16,6 +16,7 @@ from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.rejection import Refusal
 from ..runtime import Feeds, open_session, synthetic_feeds
+from ..runtime.executed import executed_ops
 from .base import Context, Pass, PassResult, Refused
 from .exact.trial import why_not_same
 
@@ -39,8 +40,8 @@ class FuseAttention(Pass):
     tried before it is done: the outputs must be the same on the first of the feeds, or on a made-up one.
 
     Does not fire where scores or probabilities are read elsewhere, on rotary positions or repeated heads (grouped queries)
-    between the Reshape and the product, on another mask than one that is added, inside If, Loop and Scan, nor where ONNX
-    Runtime has no kernel for it (double precision).
+    between the Reshape and the product, on another mask than one that is added, inside If, Loop and Scan, where ONNX Runtime
+    has no kernel for it (double precision), nor where it fuses attention by itself, projections included (it is asked).
     Source: MultiHeadAttention in ONNX Runtime's ContribOperators.md.
     """
 
@@ -65,12 +66,20 @@ class FuseAttention(Pass):
             if len(unfit) < len(cores):
                 context.progress("fuse-attention: trying it")
                 wrong = why_not_same(model, trial, Feeds.of([feed]), _SAME, "it comes out otherwise", context)
+                wrong = wrong or _why_more(model, trial, context)
                 if wrong is not None:
                     return self.result(0, [*refused, wrong])
         except InputError as error:
             return self.result(0, [*refused, Refused(f"it could not be tried: {' '.join(str(error).split())}")])
         _rewrite(model, shapes, unfit)
         return self.result(len(cores) - len(unfit), refused)
+
+
+def _why_more(before: Model, after: Model, context: Context) -> Refused | None:
+    """ONNX Runtime fuses some attention by itself, projections included; that is asked, not guessed."""
+    nodes, more = (executed_ops(each, provider=context.provider, threads=1).total() for each in (before, after))
+    return Refused(f"ONNX Runtime would execute {more} nodes in the place of {nodes}: it fuses this attention by itself"
+                   ) if more > nodes else None
 
 
 def _cores(model: Model) -> tuple[list[AttentionCore], list[Refused]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ffn_graphs import Sketch, drift, ops, run
+from ffn_graphs import Sketch, drift, ops, optimized_ops, run
 from ffnfold.graph.attention import find_attention
 from ffnfold.graph.model import Model
 from ffnfold.passes.plan import Plan
@@ -196,6 +196,30 @@ def test_a_scale_that_the_caller_may_override(tmp_path):
 
     s = Heads(scores=given).build()
     assert "no product, scaled, and a mask" in refusal(s, tmp_path, [feed()])
+
+
+def spelled_norm(s: Sketch, x: str) -> str:
+    centered = s.op("Sub", x, s.op("ReduceMean", x, axes=[-1]))
+    square = s.op("ReduceMean", s.op("Pow", centered, s.number(2)), axes=[-1])
+    normed = s.op("Div", centered, s.op("Sqrt", s.op("Add", square, s.number(1e-5))))
+    return s.op("Add", s.op("Mul", normed, s.weight(s.numbers(D, scale=1.0))), s.weight(s.numbers(D)))
+
+
+def test_attention_that_onnx_runtime_fuses_by_itself(tmp_path):
+    s = Sketch(12)
+    x, mask = s.input("x", ["batch", "tokens", D]), s.input("mask", ["batch", "tokens"], INT)
+    wide = s.op("Cast", s.op("Unsqueeze", s.op("Unsqueeze", mask, axes=[1]), axes=[2]), to=TensorProto.FLOAT)
+    closed = s.op("Mul", s.op("Sub", s.number(1), wide), s.number(-10000))
+    x = spelled_norm(s, x)
+    split = [s.op("Reshape", s.linear(x, D, D), s.weight(np.asarray([0, 0, HEADS, WIDTH], np.int64))) for _ in range(3)]
+    turned = ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])
+    q, k, v = (s.op("Transpose", each, perm=perm) for each, perm in zip(split, turned, strict=True))
+    scores = s.op("Add", s.op("Div", s.op("MatMul", q, k), s.number(WIDTH ** 0.5)), closed)
+    mixed = s.op("Transpose", s.op("MatMul", s.op("Softmax", scores, axis=3), v), perm=[0, 2, 1, 3])
+    rows = s.linear(s.op("Reshape", mixed, s.weight(np.asarray([0, 0, D], np.int64))), D, D)
+    s.op("Identity", spelled_norm(s, s.op("Add", rows, x)), out=s.output("y", None))
+    assert "Attention" in optimized_ops(s.save(tmp_path / "given.onnx"), tmp_path)
+    assert "it fuses this attention by itself" in refusal(s, tmp_path, [feed(mask=np.ones((2, 5), np.int64))])
 
 
 def test_a_mask_by_where(tmp_path):

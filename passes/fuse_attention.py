@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,12 +16,13 @@ from ..graph.edit import remove_dead, take_over
 from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.rejection import Refusal
-from ..runtime import Feeds, open_session, synthetic_feeds
+from ..runtime import Feed, Feeds, InputSpec, input_specs, open_session, synthetic_feeds
 from ..runtime.executed import executed_ops
 from .base import Context, Pass, PassResult, Refused
 from .exact.trial import why_not_same
 
 _SAME = 1e-3
+_SEVERAL = 3, 7
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -34,10 +36,10 @@ class FuseAttention(Pass):
     Q, K, V ``[batch, tokens, N · d]`` as the linears give them; the operator divides them into heads by itself, so that four
     Transposes of the whole value and a pass over all scores for the scale are gone; without a mask the CPU's kernel keeps the
     scores of a few tokens in the cache and writes none (as FlashAttention, arXiv 2205.14135). The same but for rounding. The
-    file runs in ONNX Runtime alone then, which is why no default plan does it; search tries it.
+    file runs in ONNX Runtime alone then, which is why no default plan does it.
 
     Looks at what lies between the Reshapes into heads and back, whatever the linears around it are (float, integers). It is
-    tried before it is done: the outputs must be the same on the first of the feeds, or on a made-up one.
+    tried before it is done: the outputs must be the same on a made-up feed of several sequences and on the first of those given.
 
     Does not fire where scores or probabilities are read elsewhere, on rotary positions or repeated heads (grouped queries)
     between the Reshape and the product, on another mask than one that is added, inside If, Loop and Scan, where ONNX Runtime
@@ -54,25 +56,49 @@ class FuseAttention(Pass):
         if not cores:
             return self.result(0, refused)
         try:
-            feed = context.fit[0] if context.fit else synthetic_feeds(model, model=model, provider=context.provider)[0]
-            shapes = _shapes(model, cores, feed, context)
-            unfit = {core.softmax.outputs[0].name: reason for core in cores if (reason := _why_not(core, shapes)) is not None}
+            feeds = _feeds(model, context)
+            runs = [_shapes(model, cores, feed, context) for feed in feeds]
+            reasons = {core.softmax.outputs[0].name: [_why_not(core, shapes) for shapes in runs] for core in cores}
+            unfit = {name: next(filter(None, found)) for name, found in reasons.items() if any(found)}
             trial = model.copy()
-            unfit |= dict.fromkeys(_rewrite(trial, shapes, unfit), "its shape is read elsewhere as well")
+            unfit |= dict.fromkeys(_rewrite(trial, runs[0], unfit), "its shape is read elsewhere as well")
             if unfit:
                 trial = model.copy()
-                _rewrite(trial, shapes, unfit)
+                _rewrite(trial, runs[0], unfit)
             refused += [Refused(reason, name) for name, reason in unfit.items()]
             if len(unfit) < len(cores):
                 context.progress("fuse-attention: trying it")
-                wrong = why_not_same(model, trial, Feeds.of([feed]), _SAME, "it comes out otherwise", context)
+                wrong = why_not_same(model, trial, Feeds.of(feeds), _SAME, "it comes out otherwise", context)
                 wrong = wrong or _why_more(model, trial, context)
                 if wrong is not None:
                     return self.result(0, [*refused, wrong])
         except InputError as error:
             return self.result(0, [*refused, Refused(f"it could not be tried: {' '.join(str(error).split())}")])
-        _rewrite(model, shapes, unfit)
+        _rewrite(model, runs[0], unfit)
         return self.result(len(cores) - len(unfit), refused)
+
+
+def _feeds(model: Model, context: Context) -> list[Feed]:
+    """A made-up feed of several sequences, if the model takes it, and the first of those given."""
+    specs = input_specs(model)
+    made = dict(synthetic_feeds(specs, _several(specs), model=model, provider=context.provider)[0])
+    given = [context.fit[0]] if context.fit else []
+    try:
+        with contextlib.closing(open_session(model, provider=context.provider, threads=context.threads, lean=True)) as session:
+            session.run(made)
+    except InputError:
+        return given or [synthetic_feeds(specs, model=model, provider=context.provider)[0]]
+    return [made, *given]
+
+
+def _several(specs: Sequence[InputSpec]) -> dict[str, tuple[int, ...]]:
+    """Sizes for the first input whose open dimensions are the first, and the second: a batch of 3, 7 tokens."""
+    for spec in specs:
+        open_axes = [axis for axis, dim in enumerate(spec.shape or ()) if not isinstance(dim, int)]
+        if open_axes in ([0], [0, 1], [1]):
+            sizes = (dim if isinstance(dim, int) else _SEVERAL[axis] for axis, dim in enumerate(spec.shape or ()))
+            return {spec.name: tuple(sizes)}
+    return {}
 
 
 def _why_more(before: Model, after: Model, context: Context) -> Refused | None:
@@ -92,7 +118,8 @@ def _cores(model: Model) -> tuple[list[AttentionCore], list[Refused]]:
 def _shapes(model: Model, cores: Sequence[AttentionCore], feed: Mapping[str, Any], context: Context) -> Shapes:
     """Shapes in one run, by name: what is divided into heads, what becomes of it, and masks."""
     constants = {core.mask.name: tuple(core.mask.shape) for core in cores if isinstance(core.mask, gs.Constant)}
-    wanted = [tensor for core in cores for tensor in (core.q, core.k, core.v, *(node.outputs[0] for node in core.reshapes))]
+    wanted = [tensor for core in cores for tensor in (core.q, core.k, core.v, core.output)]
+    wanted += [node.outputs[0] for core in cores for node in core.reshapes]
     wanted += [core.mask for core in cores if core.mask is not None and core.mask.name not in constants]
     given = {tensor.name for tensor in model.graphs()[0][1].inputs}
     names = list(dict.fromkeys(tensor.name for tensor in wanted if tensor.name not in given))
@@ -104,10 +131,18 @@ def _shapes(model: Model, cores: Sequence[AttentionCore], feed: Mapping[str, Any
 
 
 def _why_not(core: AttentionCore, shapes: Shapes) -> str | None:
+    wanted = [core.q, core.k, core.v, core.output, *(node.outputs[0] for node in core.reshapes),
+              *([] if core.mask is None else [core.mask])]
+    if any(tensor.name not in shapes for tensor in wanted):
+        return "its shapes are not known"
     sizes = [shapes[tensor.name] for tensor in (core.q, core.k, core.v)]
     parts = [shapes[node.outputs[0].name] for node in core.reshapes]
     if any(len(size) != 3 or len(part) != 4 or part[:2] != size[:2] for size, part in zip(sizes, parts, strict=True)):
         return "what is divided into heads is no [batch, tokens, heads · d]"
+    if len({size[0] for size in sizes}) > 1 or sizes[1][1] != sizes[2][1]:
+        return "its queries, keys and values are not of one batch, or keys and values not of as many tokens"
+    if shapes[core.output.name] != (*sizes[0][:2], sizes[2][2]):
+        return f"its heads are put beside each other as {list(shapes[core.output.name])}"
     if len({part[2] for part in parts}) > 1 or parts[0][3] != parts[1][3]:
         return "its heads are not alike"
     for node, part in zip(core.reshapes, parts, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,21 +10,19 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from ..graph.edit import producer
 from ..graph.errors import InputError
 from ..graph.model import Model
 from ..graph.token_wise import Kind, is_product
-from ..runtime import Feed, Feeds, InputSpec, input_specs, open_session, synthetic_feeds
+from ..runtime import InputSpec, input_specs, open_session
 from .base import Context, Pass, PassResult, Refused
 from .exact.packing import Packer, packable
-from .exact.trial import why_not_same
+from .exact.padding_trial import MASK, SIZES, made_up, try_padding
 
-MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
-_SIZES = ((3, 8), (2, 5))  # batch and tokens of the runs that shapes are read from
 _OLDEST = 11  # opset
 _ROUNDING = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-_LEAK = 1e-4
 _SAME, _SAME_HALF, _SAME_ROUNDED = 1e-3, 3e-2, 0.5
 """Relative error against the model as it was: float32, float16, and where scales are taken over all rows, padding or not."""
 
@@ -42,8 +40,9 @@ class SkipPadding(Pass):
     count any more. An output with a row for each token holds repetitions where there is padding. The time of those parts
     falls by the part of the tokens that is padding; where there is none, a few copies are made for nothing.
 
-    It is tried before it is done, on the first of the feeds given that has padding or on a made-up one: the outputs must be the
-    same, and the same again when other numbers stand in the rows of padding.
+    It is tried before it is done, on made-up feeds that are padded at the end and in front, and on that of the feeds given that
+    has the most padding: the outputs must be the same, and the same again when other numbers stand in the rows of padding.
+    Where that holds on one side alone (an output reads the first token, or the last), it is done for that side and said.
 
     Does not fire without an input ``attention_mask [batch, tokens]`` of the same two dimensions as ``input_ids`` or
     ``inputs_embeds`` (a decoder with a past has a longer one), where an output reads rows of padding (a mean over all
@@ -62,7 +61,8 @@ class SkipPadding(Pass):
             found = Refused(f"it could not be tried: {' '.join(str(error).split())}")
         if isinstance(found, Refused):
             return self.result(0, [found])
-        return self.result(_pack(model, found), [])
+        measured, notes = found
+        return self.result(_pack(model, measured), [], notes)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Measured:
             return Kind.TOKENS
         if len(first) == len(second) == 2 and first[0] != second[0] and first[1] == second[1] and (
                 first[0], second[0]) == tuple(batch * tokens for batch, tokens in self.sizes):
-            return Kind.FLAT
+            return Kind.OTHER if _was_turned(tensor, self.kind) else Kind.FLAT
         if first == second and len(first) <= 3 and all(dim == 1 for dim in first[:-1]):
             return Kind.SAME
         return Kind.MATRIX if first == second and len(first) == 2 else Kind.OTHER
@@ -92,8 +92,14 @@ class _Measured:
         return self.shapes[0][tensor.name][-1]
 
 
-def _prepare(model: Model, context: Context) -> _Measured | Refused:
-    """What there is to be packed, once it is known to change nothing."""
+def _was_turned(tensor: gs.Tensor, kind: Callable[[gs.Tensor], Kind]) -> bool:
+    """Whether rows come from something that is not [batch, tokens, d], as [tokens, batch, d], whose rows are in another order."""
+    node = producer(tensor)
+    return node is not None and node.op in ("Reshape", "Flatten") and kind(node.inputs[0]) is Kind.OTHER
+
+
+def _prepare(model: Model, context: Context) -> tuple[_Measured, tuple[str, ...]] | Refused:
+    """What there is to be packed, once it is known to change nothing, and what the user should know."""
     specs = input_specs(model)
     refused = _why_no_mask(model, specs)
     if refused is not None:
@@ -105,7 +111,11 @@ def _prepare(model: Model, context: Context) -> _Measured | Refused:
     if not any(is_product(node) for node in packable(model.graphs()[0][1], found.kind, model.opset)):
         return Refused("no linear works on values [batch, tokens, d] or [batch · tokens, d]", MASK)
     context.progress("skip-padding: trying it on padding")
-    return _why_not_same(model, found, _padded(model, specs, context), context) or found
+    packed, other = model.copy(), model.copy()
+    _pack(packed, found)
+    _pack(other, found, following=True)
+    tried = try_padding(model, packed, other, _bound(model, found), context, specs)
+    return tried if isinstance(tried, Refused) else (found, tried)
 
 
 def _why_no_mask(model: Model, specs: Sequence[InputSpec]) -> Refused | None:
@@ -131,40 +141,14 @@ def _measure(model: Model, specs: Sequence[InputSpec], context: Context) -> _Mea
     session = open_session(model, provider=context.provider, threads=context.threads, outputs=names, lean=True)
     tensors = [spec.name for spec in session.outputs if spec.is_tensor]
     found = []
-    for sizes in _SIZES:
-        feed = _made_up(model, specs, sizes)
+    for sizes in SIZES:
+        feed = made_up(model, specs, sizes)
         values = session.run(feed, tensors)
         shapes = {name: np.shape(value) for name, value in (*values.items(), *feed.items())}
         found.append((shapes, feed[MASK].shape))
     session.close()
     halves = any(spec.element_type in _HALVES for spec in session.outputs)
     return _Measured((found[0][0], found[1][0]), (found[0][1], found[1][1]), halves)
-
-
-def _made_up(model: Model, specs: Sequence[InputSpec], sizes: tuple[int, int]) -> Feed:
-    """A feed in which every sequence has more padding, at its end, than the one before it."""
-    shape = next(spec.shape for spec in specs if spec.name == MASK)
-    assert shape is not None
-    wanted = tuple(dim if isinstance(dim, int) else size for dim, size in zip(shape, sizes, strict=True))
-    feed = dict(synthetic_feeds(specs, {MASK: wanted}, model=model)[0])
-    batch, tokens = wanted
-    lengths = np.linspace(tokens, max(1, tokens // 3), batch + 1)[1:].astype(int)
-    feed[MASK] = (np.arange(tokens) < lengths[:, None]).astype(feed[MASK].dtype)
-    return feed
-
-
-def _padded(model: Model, specs: Sequence[InputSpec], context: Context) -> Feeds:
-    given = next((feed for feed in context.fit or () if MASK in feed and not np.all(feed[MASK])), None)
-    return Feeds.of([given if given is not None else _made_up(model, specs, _SIZES[0])])
-
-
-def _why_not_same(model: Model, found: _Measured, feeds: Feeds, context: Context) -> Refused | None:
-    trials = [model.copy() for _ in range(2)]
-    for number, trial in enumerate(trials):
-        _pack(trial, found, first=bool(number))
-    otherwise = "it comes out otherwise without the rows that are padding"
-    return (why_not_same(trials[1], trials[0], feeds, _LEAK, "it reads rows that are padding", context)
-            or why_not_same(model, trials[0], feeds, _bound(model, found), otherwise, context))
 
 
 def _bound(model: Model, found: _Measured) -> float:
@@ -174,10 +158,10 @@ def _bound(model: Model, found: _Measured) -> float:
     return _SAME_HALF if found.halves else _SAME
 
 
-def _pack(model: Model, found: _Measured, *, first: bool = False) -> int:
+def _pack(model: Model, found: _Measured, *, following: bool = False) -> int:
     """Rewrite the main graph of ``model``; how many products work on packed rows then."""
     graph = model.graphs()[0][1]
     nodes = packable(graph, found.kind, model.opset)
     mask = next(tensor for tensor in graph.inputs if tensor.name == MASK)
-    Packer(model, graph, mask, found.kind, found.width, first).pack(nodes)
+    Packer(model, graph, mask, found.kind, found.width, following).pack(nodes)
     return sum(is_product(node) for node in nodes)

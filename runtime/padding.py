@@ -9,7 +9,8 @@ import numpy as np
 
 from .specs import Array
 
-_MASKS = ("attention_mask", "decoder_attention_mask")
+MASKS = ("attention_mask", "decoder_attention_mask")
+"""Inputs that say what is padding."""
 _TOKENS = ("input_ids", "inputs_embeds")
 
 
@@ -24,13 +25,13 @@ class Padding:
 
     def __init__(self, feed: Mapping[str, Any]) -> None:
         self.masks: list[Array] = []
-        for name in _MASKS:
+        for name in MASKS:
             mask = feed.get(name)
             if isinstance(mask, np.ndarray) and mask.ndim == 2 and not (mask != 0).all():
                 self.masks.append(mask != 0)
                 tokens = next((feed[key].shape[1] for key in _TOKENS if isinstance(feed.get(key), np.ndarray)
                                and feed[key].ndim >= 2 and len(feed[key]) == len(mask)), mask.shape[1])
-                if name == _MASKS[0] and 0 < tokens < mask.shape[1]:
+                if name == MASKS[0] and 0 < tokens < mask.shape[1]:
                     self.masks.append(mask[:, -tokens:] != 0)
 
     def kept(self, shape: tuple[int, ...]) -> Array | None:

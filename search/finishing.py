@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..passes.base import Pass
+from ..passes.exact.padding_trial import MASK
 from ..passes.plan import Plan
 from ..passes.runner import run_plan
-from ..passes.skip_padding import MASK
 from .latency import Traffic, race_whole
 from .workshop import Workshop
 
@@ -26,7 +26,7 @@ def finishing_passes(workshop: Workshop, traffic: Sequence[Traffic]) -> dict[str
             continue
         workshop.progress(f"timing {text} in the whole model")
         trial = model.copy()
-        if not sum(result.fired for result in run_plan(trial, Plan.parse([text]), provider=workshop.target,
+        if not sum(result.fired for result in run_plan(trial, Plan.parse([text]), fit=workshop.feeds, provider=workshop.target,
                                                        threads=workshop.threads, progress=workshop.progress)):
             continue
         if race_whole([model, trial], traffic, target=workshop.target, threads=workshop.threads)[1] < worth:

@@ -38,6 +38,7 @@ class Workshop:
         original: the model as it is in the file.
         base: the same after the exact passes.
         blocks: index in the file → block in ``base``.
+        feeds: that fits are made to.
         fired: exact passes that did something.
         last: exact passes that end every plan, as they make this model faster here.
     """
@@ -47,7 +48,7 @@ class Workshop:
         self.original = Model.load(path)
         self.base = Model.load(path)
         self.target, self.threads, self.progress = target, threads, progress
-        self._fit = fit
+        self.feeds = fit
         self._survivors: tuple[int, dict[bool, dict[int, Indices]]] = -1, {}
         ledger = Ledger(self.base)
         exact = exact_passes()
@@ -157,7 +158,7 @@ class Workshop:
     def finished(self, model: Model) -> Model:
         """A copy of ``model`` after the passes that end every plan."""
         trial = model.copy()
-        run_plan(trial, Plan(self.last), provider=self.target, threads=self.threads, progress=self.progress)
+        run_plan(trial, Plan(self.last), fit=self.feeds, provider=self.target, threads=self.threads, progress=self.progress)
         return trial
 
     def find(self, model: Model, unit: int) -> FFNBlock | None:
@@ -167,7 +168,7 @@ class Workshop:
                      (block.output.name, *(value.name for value in block.sums()))), None)
 
     def _context(self, model: Model, few: bool = False) -> Context:
-        fit = self._fit[:_ENOUGH_FOR_A_MEAN] if few else self._fit
+        fit = self.feeds[:_ENOUGH_FOR_A_MEAN] if few else self.feeds
         return Context(fit, fit, self.target, self.threads, ledger=Ledger(model), progress=self.progress)
 
 

@@ -62,7 +62,7 @@ class Packer:
     Attributes:
         mask: ``[batch, tokens]``, 0 where a token is padding.
         width: d of a value.
-        first: rows of padding hold the very first row and not the one before them: to see whether anything reads them.
+        following: rows of padding hold the token behind them and not the one before: to see whether anything reads them.
     """
 
     model: Model
@@ -70,7 +70,7 @@ class Packer:
     mask: gs.Tensor
     kind: KindOf
     width: Callable[[gs.Tensor], int]
-    first: bool = False
+    following: bool = False
 
     def pack(self, nodes: Sequence[gs.Node]) -> None:
         """Let ``nodes`` work on packed rows."""
@@ -131,8 +131,10 @@ class Packer:
         build = self._build
         flat = build.op("Reshape", self.mask, build.integers([-1], "all"), hint="mask")
         kept = build.op("Cast", flat, hint="kept", to=int(onnx.TensorProto.BOOL))
-        rest = build.op("Slice", kept, build.integers([1], "start"), build.integers([_END], "end"), hint="rest")
-        return build.op("Concat", build.constant_as(np.ones(1), onnx.TensorProto.BOOL, "one"), rest, hint="real", axis=0)
+        zero, one, end = (build.integers([number], hint) for number, hint in ((0, "zero"), (1, "one"), (_END, "end")))
+        first = build.op("Slice", kept, zero, one, hint="first")
+        there = build.op("Or", first, build.op("Not", first, hint="not_first"), hint="there")  # true; nothing of an empty batch
+        return build.op("Concat", there, build.op("Slice", kept, one, end, hint="rest"), hint="real", axis=0)
 
     @cached_property
     def _index(self) -> gs.Tensor:
@@ -150,8 +152,10 @@ class Packer:
     def _flat_place(self) -> gs.Tensor:
         build = self._build
         ones = build.op("Cast", self._real, hint="ones", to=int(onnx.TensorProto.INT64))
-        axis = build.constant(np.asarray(0, np.int64), "axis")
-        place = build.op("Sub", build.op("CumSum", ones, axis, hint="counted"), build.integers([1], "less"), hint="place")
-        if self.first:
-            place = build.op("Mul", place, ones, hint="first")
-        return place
+        axis, one = build.constant(np.asarray(0, np.int64), "axis"), build.integers([1], "one")
+        counted = build.op("CumSum", ones, axis, hint="counted")
+        place = build.op("Sub", counted, one, hint="place")
+        if not self.following:
+            return place
+        count = build.op("ReduceMax", counted, hint="count", keepdims=1)
+        return build.op("Where", self._real, place, build.op("Mod", counted, count, hint="next"), hint="following")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ...graph.model import Model
-from ...runtime import Feeds, compare
+from ...runtime import Feeds, Session, compare
 from ..base import Context, Refused
 
 
-def why_not_same(before: Model, after: Model, feeds: Feeds, bound: float, reason: str, context: Context) -> Refused | None:
+def why_not_same(before: Model | Session, after: Model | Session, feeds: Feeds, bound: float, reason: str,
+                 context: Context) -> Refused | None:
     """The first output whose relative error, rows of padding left out, is above ``bound``, and ``reason``; None where none is.
 
     Raises:

@@ -14,7 +14,7 @@ from ...runtime import Feeds, Session, Source, open_session
 from ...runtime.adversarial import adversarial_feeds
 from ...runtime.agreement import disagreement, largest_difference
 from ...runtime.executed import count_ops, executed_ops
-from ...runtime.padding import Padding
+from ...runtime.padding import MASKS, Padding, rows_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def _differences(before: Source, after: Source, feeds: Feeds, provider: str,
     largest: float | str | None = 0.0
     for feed in feeds:
         found["given"] = largest = _worse(largest, _difference(ours, theirs, feed))
+    masks = {name: value for name, value in feeds[0].items() if name in MASKS}  # as they are: all padding would show nothing
     for kind, feed in adversarial_feeds(feeds[0]).items():
-        found[kind] = _difference(ours, theirs, feed)
+        found[kind] = _difference(ours, theirs, {**feed, **masks})
     return found
 
 
@@ -99,8 +100,8 @@ def _difference(ours: Session, theirs: Session, feed: dict[str, Any]) -> float |
 
 def _counted(value: Any, padding: Padding) -> Any:
     """``value`` without its rows of padding, where it has some."""
-    kept = padding.kept(value.shape) if isinstance(value, np.ndarray) and value.ndim > 1 else None
-    return value if kept is None else value.reshape(-1, value.shape[-1])[kept]
+    padded = isinstance(value, np.ndarray) and value.ndim > 1 and value.size and padding.kept(value.shape) is not None
+    return rows_of(value, padding) if padded else value
 
 
 def _run(session: Session, feed: dict[str, Any]) -> dict[str, Any] | None:

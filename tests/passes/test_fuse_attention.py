@@ -222,6 +222,38 @@ def test_attention_that_onnx_runtime_fuses_by_itself(tmp_path):
     assert "it fuses this attention by itself" in refusal(s, tmp_path, [feed(mask=np.ones((2, 5), np.int64))])
 
 
+def test_queries_that_are_the_same_for_all_texts(tmp_path):
+    class Learned(Heads):
+        def query(self) -> str:
+            return self.heads(self.linear(self.weight(self.numbers(1, 3, D)), D, D), [0, 2, 1, 3])
+
+        def build(self) -> Heads:
+            self.x, self.memory = self.weight(self.numbers(1, 3, D)), self.x
+            return super().build()
+
+    assert "are not of one batch" in refusal(Learned().build(), tmp_path, [feed(1)])
+
+
+def test_heads_that_a_batch_of_one_hides(tmp_path):
+    class Wrong(Heads):
+        def heads(self, y: str, *perm: list[int], width: int = WIDTH) -> str:
+            return self.op("Transpose", self.op("Reshape", y, self.ints(1, -1, HEADS, width)), perm=perm[0])
+
+    assert "is no [batch, tokens, heads · d]" in refusal(Wrong(last="input").build(), tmp_path, [feed(1)])
+
+
+def test_a_mask_that_one_token_hides(tmp_path):
+    s = Heads(scores=lambda s, q, k: s.op("Add", s.scaled(q, k), s.weight(np.zeros(1, np.float32)))).build()
+    assert "its mask is [1]" in refusal(s, tmp_path, [feed(2, 1)])
+
+
+def test_a_mask_with_a_default(tmp_path):
+    def masked(s: Heads, q: str, k: str) -> str:
+        return s.op("Add", s.scaled(q, k), s.weight(np.zeros((1, 1, 1, 7), np.float32), s.input("bias", [1, 1, 1, "tokens"])))
+
+    assert "its shapes are not known" in refusal(Heads(scores=masked).build(), tmp_path)
+
+
 def test_a_mask_by_where(tmp_path):
     def chosen(s: Heads, q: str, k: str) -> str:
         return s.op("Where", s.weight(np.tri(5) > 0), s.scaled(q, k), s.number(-1e4))

@@ -266,8 +266,10 @@ def test_the_first_token_may_be_read_where_feeds_say_that_it_counts(tmp_path):
     s = Encoder()
     s.op("Gather", s.layers(), s.weight(np.asarray(0, np.int64)), out=s.output("first", ["batch", D]), axis=1)
     right, left = (Feeds.of([feed_of(MASKS["none"]), feed_of(MASKS[kind])]) for kind in ("right", "left"))
-    assert skipped(s, tmp_path)[1].fired
-    assert skipped(s, tmp_path, fit=right)[1].fired
+    for fit in (None, right):
+        result = skipped(s, tmp_path, fit=fit)[1]
+        assert result.fired
+        assert result.notes == ("output 'first' comes out otherwise where texts are padded in front",)
     assert refusal(s, tmp_path, left).startswith("first: it reads rows that are padding")
 
 
@@ -284,6 +286,66 @@ def test_a_decoder_beside_it_is_refused(tmp_path):
     s.op("Identity", s.input("decoder_input_ids", ["batch", "tokens"], TensorProto.INT64),
          out=s.output("same", None, TensorProto.INT64))
     assert "'decoder_input_ids' has as many tokens" in refusal(s.give_rows(), tmp_path)
+
+
+def test_the_last_token_may_be_read_where_feeds_are_padded_in_front(tmp_path):
+    s = Encoder()
+    s.op("Gather", s.layers(), s.weight(np.asarray(-1, np.int64)), out=s.output("last", ["batch", D]), axis=1)
+    assert refusal(s, tmp_path).startswith("last: it reads rows that are padding")
+    result = skipped(s, tmp_path, fit=Feeds.of([feed_of(MASKS["left"])]))[1]
+    assert result.fired
+    assert result.notes == ("output 'last' comes out otherwise where texts are padded at the end",)
+
+
+def test_rows_of_tokens_first_are_in_another_order(tmp_path):
+    class Turned(Encoder):
+        def attention(self, x: str) -> str:
+            turned = self.op("Transpose", super().attention(x), perm=[1, 0, 2])
+            flat = self.op("Reshape", turned, self.weight(np.asarray([-1, D], np.int64)))
+            made = self.op("Gemm", flat, self.weight(self.numbers(D, D)), self.weight(self.numbers(D)))
+            return self.op("Transpose", self.op("Reshape", made, self.op("Shape", turned)), perm=[1, 0, 2])
+
+    s = Turned()
+    s.layers()
+    model, result = skipped(s.give_rows(), tmp_path, fit=Feeds.of([feed_of([[1, 1, 1, 1, 0, 0]])]))
+    assert result.fired == PRODUCTS  # all but those two
+    for mask in MASKS.values():
+        assert apart(run(s.model(), feed_of(mask)), run(model, feed_of(mask)), mask) < 2e-6
+
+
+def test_one_text_that_is_padded_in_front_hides_no_reader_of_padding(tmp_path):
+    s = Encoder()
+    s.layers()
+    fit = Feeds.of([feed_of([[0, 0, 1, 1, 1, 1, 1, 1]])])
+    _, result = skipped(s.give_mean(masked=False), tmp_path, ["quantize-ffn:row_scale=false,smooth=none", "skip-padding"], fit)
+    assert result.fired == 0
+    assert "reads rows that are padding" in result.refused[0].reason
+
+
+def test_another_sequence_with_a_mask_of_its_own_is_refused(tmp_path):
+    s = Encoder()
+    s.layers(1)
+    s.give_rows("documents")
+    for node in s.nodes:
+        node.name = node.name and f"/documents{node.name}"
+        for names in (node.input, node.output):
+            names[:] = ["documents_0" if name == "stream_0" else name for name in names]
+    s.ids, s.mask = s.input("query_ids", ["batch", "tokens"], TensorProto.INT64), s.input("query_mask", ["batch", "tokens"])
+    s.floats = s.mask
+    s.last = s.embedded()
+    s.layers(1)
+    s.give_mean()
+    fit = feed_of([[1, 1, 1, 0], [1, 1, 0, 0]])
+    fit |= {"query_ids": fit["input_ids"], "query_mask": np.asarray([[1, 1, 0, 0], [1, 0, 0, 0]], np.float32)}
+    assert "padding" in refusal(s, tmp_path, Feeds.of([fit]))
+
+
+def test_an_empty_batch(tmp_path):
+    s = Encoder()
+    s.layers(1)
+    model, _ = skipped(s.give_rows(), tmp_path)
+    empty = feed_of(np.zeros((0, 4)))
+    assert run(model, empty)["y"].shape == run(s.model(), empty)["y"].shape == (0, 4, D)
 
 
 def test_nothing_to_pack_is_refused(tmp_path):

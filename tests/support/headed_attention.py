@@ -56,8 +56,8 @@ class Heads(Sketch):
         mixed = self.op("MatMul", self.op("Softmax", scores, axis=-1), self.value())
         joined = self.op("Transpose", mixed, perm=[0, 2, 1, 3])
         wide = HEADS * self.value_width
-        if self.last == "shape":
-            size = self.op("Slice", self.op("Shape", joined), self.ints(0), self.ints(2))
+        if self.last != "zeros":
+            size = self.op("Slice", self.op("Shape", joined if self.last == "shape" else self.x), self.ints(0), self.ints(2))
             target = self.op("Concat", size, self.ints(wide), axis=0)
         else:
             target = self.ints(0, 0, wide)

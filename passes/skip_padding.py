@@ -106,8 +106,6 @@ def _prepare(model: Model, context: Context) -> tuple[_Measured, tuple[str, ...]
         return refused
     context.progress("skip-padding: shapes of all values")
     found = _measure(model, specs, context)
-    if isinstance(found, Refused):
-        return found
     if not any(is_product(node) for node in packable(model.graphs()[0][1], found.kind, model.opset)):
         return Refused("no linear works on values [batch, tokens, d] or [batch · tokens, d]", MASK)
     context.progress("skip-padding: trying it on padding")
@@ -135,7 +133,7 @@ def _why_no_mask(model: Model, specs: Sequence[InputSpec]) -> Refused | None:
     return None
 
 
-def _measure(model: Model, specs: Sequence[InputSpec], context: Context) -> _Measured | Refused:
+def _measure(model: Model, specs: Sequence[InputSpec], context: Context) -> _Measured:
     graph = model.graphs()[0][1]
     names = [tensor.name for node in graph.nodes for tensor in node.outputs if tensor.name]
     session = open_session(model, provider=context.provider, threads=context.threads, outputs=names, lean=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .candidates import HEAD, KEEP, OTHERS, Candidate, name_of
 from .choice import text_of
-from .finishing import FINISHING, finishing_passes, passes_of
+from .finishing import finishing_passes, passes_of
 from .latency import Traffic, block_key, block_times, milliseconds_of_base, saved_in_whole
 from .records import Records
 from .workshop import Workshop
@@ -46,9 +46,8 @@ class Savings:
             until: by ``time.monotonic()``; afterwards one form is timed in the whole model of each unit that is timed there.
         """
         shop = self._workshop
-        ending = self._records.measure(partial(finishing_passes, shop, self._traffic), "finishing", list(FINISHING), self.where)
-        shop.last = passes_of(ending["passes"])
-        self.where = (*self.where, *ending["passes"])
+        shop.last = passes_of(self._records.measure(partial(finishing_passes, shop, self._traffic), "finishing", self.where))
+        self.where = (*self.where, *(each.name for each in shop.last))
         self._base_ms = self._records.measure(partial(self._telling, "timing the model", milliseconds_of_base, shop,
                                                       self._traffic), "base", self.where)
         self.base = self._base_ms[1] / self._base_ms[0]

@@ -39,11 +39,11 @@ def workshop(model, feeds: Feeds) -> Workshop:
 
 
 @pytest.mark.parametrize(("mask", "worth", "kept"), [
-    (PADDED, math.inf, ["skip-padding"]), (PADDED, 0.0, []), (FULL, math.inf, [])], ids=["faster", "no faster", "no padding"])
+    (PADDED, math.inf, True), (PADDED, 0.0, False), (FULL, math.inf, False)], ids=["faster", "no faster", "no padding"])
 def test_what_is_no_faster_is_not_kept(quick, monkeypatch, model, mask, worth, kept):
-    monkeypatch.setattr(finishing, "FINISHING", {"skip-padding": worth})
+    monkeypatch.setattr(finishing, "_WORTH", worth)
     feeds = Feeds.of([feed_of(mask)])
-    assert finishing.finishing_passes(workshop(model, feeds), [Traffic("feeds", feeds)]) == {"passes": kept}
+    assert finishing.finishing_passes(workshop(model, feeds), [Traffic("feeds", feeds)]) == {"skip-padding": kept}
 
 
 def test_blocks_are_timed_on_the_rows_that_count(quick, monkeypatch, model):
@@ -65,7 +65,7 @@ def test_blocks_are_timed_on_the_rows_that_count(quick, monkeypatch, model):
 
 
 def test_every_plan_of_a_search_ends_with_it(quick, monkeypatch, model, tmp_path):
-    monkeypatch.setattr(finishing, "FINISHING", {"skip-padding": math.inf})
+    monkeypatch.setattr(finishing, "_WORTH", math.inf)
     folder = tmp_path / "feeds"
     folder.mkdir()
     (tmp_path / "out").mkdir()

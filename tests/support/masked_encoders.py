@@ -1,4 +1,4 @@
-"""Encoders of tokens, some of which are padding."""
+"""Encoders of tokens, some of which are padding, and what skip-padding makes of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from typing import Any
 
 import numpy as np
 from ffn_graphs import Sketch
+from ffnfold.graph.model import Model
+from ffnfold.passes.base import PassResult
+from ffnfold.passes.plan import Plan
+from ffnfold.passes.runner import run_plan
+from ffnfold.runtime import Feeds
 from onnx import TensorProto
 
 D, WORDS, LAYERS = 8, 40, 2
 ROWS = ["batch", "tokens", D]
+PRODUCTS = 6 * LAYERS
+MASKS = {
+    "right": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]],
+    "left": [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]],
+    "holes": [[0, 1, 0, 1, 1], [1, 0, 1, 0, 1], [0, 1, 1, 1, 0]],
+    "none": [[1, 1, 1, 1, 1]],
+    "one": [[0, 0, 0, 1, 0]],
+    "all": [[0, 0, 0], [0, 0, 0]],
+}
 
 
 class Encoder(Sketch):
@@ -67,3 +81,24 @@ def encoder(**how: Any) -> Encoder:
 def feed_of(mask: Any, dtype: Any = np.int64) -> dict[str, np.ndarray]:
     given = np.asarray(mask)
     return {"input_ids": np.random.default_rng(1).integers(0, WORDS, given.shape), "attention_mask": given.astype(dtype)}
+
+
+def skipped(s: Sketch, folder: Any, plan: list[str] | None = None, fit: Feeds | None = None) -> tuple[Model, PassResult]:
+    """The model after the pass (and what else the plan says), read back from a file."""
+    model = Model.load(s.save(folder / "model.onnx"))
+    result = run_plan(model, Plan.parse(plan or ["skip-padding"]), fit=fit, threads=1)[-1]
+    model.save(folder / "skipped.onnx")
+    return Model.load(folder / "skipped.onnx"), result
+
+
+def apart(before: dict[str, Any], after: dict[str, Any], mask: Any) -> float:
+    """The largest difference over outputs, rows of padding left out."""
+    worst = 0.0
+    for name, ours in before.items():
+        theirs = after[name]
+        assert (theirs.shape, theirs.dtype) == (ours.shape, ours.dtype)
+        assert np.isfinite(theirs).all()
+        if ours.ndim == 3:
+            ours, theirs = ours[np.asarray(mask) != 0], theirs[np.asarray(mask) != 0]
+        worst = max(worst, float(np.abs(theirs.astype(np.float64) - ours).max(initial=0)))
+    return worst

@@ -11,6 +11,7 @@ from .bilinear_ffn import BilinearFFN
 from .canonicalize_ffn import CanonicalizeFFN
 from .clean_up import CleanUp
 from .dedupe_weights import DedupeWeights
+from .distill_ffn import DistillFFN
 from .drop_neurons import DropNeurons
 from .factorize_ffn import FactorizeFFN
 from .fold_bias import FoldBias
@@ -34,9 +35,9 @@ from .split_ffn import SplitFFN
 from .to_half import ToHalf
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (
-    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DropNeurons, FactorizeFFN, FoldBias, FoldNorm, FuseAttention,
-    FuseMatMul, LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN, RemoveLayer,
-    SeparateResize, ShareFFN, SkipPadding, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
+    BilinearFFN, CanonicalizeFFN, CleanUp, DedupeWeights, DistillFFN, DropNeurons, FactorizeFFN, FoldBias, FoldNorm,
+    FuseAttention, FuseMatMul, LinearizeFFN, MergeLinears, PruneBias, PruneSkip, QuantizeFFN, RemoveAttention, RemoveFFN,
+    RemoveLayer, SeparateResize, ShareFFN, SkipPadding, SlimFFN, SparsifyFFN, SplitFFN, ToHalf)}
 
 
 def make_pass(name: str, given: Mapping[str, object]) -> Pass:

@@ -20,15 +20,15 @@ import numpy.typing as npt
 
 from ...graph.block import FFNBlock, Projection
 from ...runtime import Scatter
+from .adam import adam_step, falling
 from .kept_rows import KeptRows, Rows
 from .neuron_fit import Features, NeuronFit, choose_ridge, refit
 
 Array = npt.NDArray[Any]
 Matrices = dict[str, Array]
-_RATE = np.float32(0.02)  # of the standard deviation of a matrix: the largest step of one of its numbers
+_RATE = 0.02  # of the standard deviation of a matrix: the largest step of one of its numbers
 _BATCH = 512  # tokens a step
 _RISE = 20  # steps until the rate is reached
-_MEMORY = (0.9, 0.99)  # of Adam's two running means
 _CELLS, _REACH = 1 << 14, 64.0  # of the table of an activation: how many, and how far on either side
 _AT_ONCE = 2048  # tokens whose neurons are in memory together
 _TRIED, _PROBED = np.linspace(-4, 4, 33), 100.0  # where act(z) · u is tried: z, and how far u
@@ -209,13 +209,13 @@ def _descend(narrow: Narrow, x: Array, t: Array, weights: Array, passes: int, pr
         order = random.permutation(len(x))
         for start in range(0, len(x), _BATCH):
             chosen = order[start:start + _BATCH]
-            rate = float(_RATE) * 0.5 * (1 + np.cos(np.pi * step / steps)) * min(1.0, (step + 1) / rise)
+            rate = _RATE * falling(step, steps, rise)
             step += 1
             found = narrow.gradients(x[chosen], t[chosen], weights[chosen] / np.float32(len(chosen)))
             if not np.isfinite(found["up_bias"]).all():
                 return False
             for name in names:
-                _step(held[name], found[name], first[name], second[name], step, rate * size[name])
+                adam_step(held[name], found[name], first[name], second[name], step, rate * size[name])
     return all(bool(np.isfinite(matrix).all()) for matrix in held.values())
 
 
@@ -226,22 +226,6 @@ def _variance(t: Array, weights: Array) -> float:
     squares = sum(float(weights[start:start + _AT_ONCE] @ ((t[start:start + _AT_ONCE] - mean) ** 2).sum(axis=1))
                   for start in range(0, len(t), _AT_ONCE))
     return squares / total
-
-
-def _step(matrix: Array, gradient: Array, first: Array, second: Array, step: int, rate: float) -> None:
-    """One step of Adam; all is changed in place."""
-    work = np.square(gradient)
-    work -= second
-    work *= np.float32(1 - _MEMORY[1])
-    second += work
-    gradient -= first
-    gradient *= np.float32(1 - _MEMORY[0])
-    first += gradient
-    np.sqrt(np.divide(second, np.float32(1 - _MEMORY[1] ** step), out=work), out=work)
-    work += np.float32(1e-12)
-    np.divide(first, work, out=work)
-    work *= np.float32(rate / (1 - _MEMORY[0] ** step))
-    matrix -= work
 
 
 def _matrix_of(name: str) -> str:

@@ -10,6 +10,7 @@ Inputs that are no tokens stay as they are; a model without token inputs has no 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,7 @@ def _words(tensor: gs.Tensor) -> int:
 def varied(model: Model, feeds: Feeds, copies: int) -> Feeds:
     """``feeds``, and behind them ``copies`` varied copies of all of them; ``feeds`` alone where none can be made."""
     words = token_inputs(model) if copies else {}
-    fixed = {name: _in_most_rows(feeds, name) for name in words}
+    fixed = {name: in_most_rows(feeds, name) for name in words}
     if not words:
         return feeds
     loaders: list[Any] = [partial(feeds.__getitem__, number) for number in range(len(feeds))]
@@ -70,7 +71,8 @@ def varied(model: Model, feeds: Feeds, copies: int) -> Feeds:
     return Feeds(loaders, synthetic=feeds.synthetic)
 
 
-def _in_most_rows(feeds: Feeds, name: str) -> Array:
+def in_most_rows(feeds: Feeds, name: str) -> Array:
+    """Tokens of the input ``name`` that stand in most rows (the first, separators): int64 ``[n]``."""
     counts: Counter[int] = Counter()
     rows = 0
     for feed in feeds:
@@ -83,20 +85,30 @@ def _in_most_rows(feeds: Feeds, name: str) -> Array:
     return np.array(most, np.int64)
 
 
+def loose_tokens(feed: Mapping[str, Any], name: str, fixed: Array) -> Array | None:
+    """Which tokens of the input ``name`` may be others: bool ``[batch, tokens]``; None where it holds no texts.
+
+    Padding, the first token of each row and the tokens in ``fixed`` stay.
+    """
+    ids = feed.get(name)
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or _are_positions(ids):
+        return None
+    kept = Padding(feed).kept((*ids.shape, 1))
+    loose = np.ones(ids.shape, bool) if kept is None else kept.reshape(ids.shape)
+    loose = loose & ~np.isin(ids, fixed)
+    loose[:, :1] = False
+    return loose
+
+
 def _vary(feeds: Feeds, number: int, copy: int, words: dict[str, int], fixed: dict[str, Array]) -> dict[str, Any]:
     feed = dict(feeds[number])
     random = np.random.default_rng((number, copy))
-    padding = Padding(feed)
     for name, count in words.items():
-        ids = feed.get(name)
-        if not isinstance(ids, np.ndarray) or ids.ndim != 2 or _are_positions(ids):
-            continue
-        kept = padding.kept((*ids.shape, 1))
-        loose = np.ones(ids.shape, bool) if kept is None else kept.reshape(ids.shape)
-        loose = loose & ~np.isin(ids, fixed[name])
-        loose[:, :1] = False
-        loose &= random.random(ids.shape) < SHARE
-        feed[name] = np.where(loose, random.integers(0, count, ids.shape), ids).astype(ids.dtype)
+        loose = loose_tokens(feed, name, fixed[name])
+        if loose is not None:
+            ids = feed[name]
+            loose &= random.random(ids.shape) < SHARE
+            feed[name] = np.where(loose, random.integers(0, count, ids.shape), ids).astype(ids.dtype)
     return feed
 
 

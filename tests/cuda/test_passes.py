@@ -18,6 +18,7 @@ EXAMPLES = {"bilinear-ffn": ["bilinear-ffn:blocks=1"], "factorize-ffn": ["factor
             "remove-attention": ["remove-attention"], "remove-layer": ["remove-layer:blocks=1"],
             "share-ffn": ["share-ffn:groups=1"], "sparsify-ffn": ["sparsify-ffn:blocks=1"], "split-ffn": ["split-ffn:blocks=1"],
             "canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["clean-up"], "dedupe-weights": ["dedupe-weights"],
+            "distill-ffn": ["slim-ffn:keep=0.5,multiple=8 distill-ffn:epochs=4,rate=0.01"],
             "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
             "fuse-matmul": ["fuse-matmul"],
             "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=stein,blocks=1", "linearize-ffn:fit=neuron,blocks=2",
@@ -30,7 +31,7 @@ EXAMPLES = {"bilinear-ffn": ["bilinear-ffn:blocks=1"], "factorize-ffn": ["factor
             "slim-ffn": ["slim-ffn:keep=0.5,multiple=8"], "to-half": ["to-half", "to-half:dtype=bfloat16"]}
 TRIED_ELSEWHERE = {"fuse-attention", "separate-resize", "skip-padding"}  # tests/cuda/test_tokens.py
 NOT_IN_HALF = {"fold-norm",  # it leaves weights of 16 bits alone, which would be rounded anew
-               "to-half", "to-half:dtype=bfloat16"}
+               "to-half", "to-half:dtype=bfloat16", *EXAMPLES["distill-ffn"]}
 TOLERANCE = {"float32": 2e-4, "float16": 1e-2}
 
 
@@ -46,8 +47,8 @@ def test_a_pass_on_cuda(tmp_path, provider, dtype, text):
     path = everything(dtype).save(tmp_path / "model.onnx")
     model = Model.load(path)
     feeds = load_feeds(write_x(tmp_path / "feeds", 40, dtype), input_specs(model))
-    plan = Plan.parse([text])
-    [result] = run_plan(model, plan, fit=feeds[:30], choose=feeds[30:36], provider=provider)
+    plan = Plan.parse(text.split())
+    *_, result = run_plan(model, plan, fit=feeds[:30], choose=feeds[30:36], provider=provider)
     assert result.fired or (text in NOT_IN_HALF and dtype == np.float16), result.refused
     model.save(tmp_path / "rewritten.onnx")
     before, after = (open_session(tmp_path / name, provider=provider, trace=True) for name in ("model.onnx", "rewritten.onnx"))

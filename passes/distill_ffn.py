@@ -1,0 +1,120 @@
+"""distill-ffn: the weights that other passes put in, moved together by what the original model gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from ..graph.builder import Builder
+from ..graph.edit import consumers, replace_uses
+from ..graph.export import constants_read
+from ..graph.model import Model
+from .base import Context, Pass, PassResult, Refused
+from .distilling.descent import descend
+from .distilling.joined_texts import JoinedTexts
+from .distilling.student import Student, why_no_student
+
+_WORTH = 0.99  # of the loss before, which the feeds that choose must see less than
+_LINEAR = frozenset(("MatMul", "Gemm", "Add", "Mul", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"))
+
+
+@dataclass(frozen=True)
+class DistillFFN(Pass):
+    """Move the weights that passes before it put in, all together, towards what the original model gives.
+
+        minimize over W   Σ_t w_t ‖y_t(W) − y_t‖² / ‖y_t‖²       (KL divergence where the output is ``logits``)
+
+    Passes fit one block after the other, from what goes into a block to what should come out. This one goes through the whole
+    graph: its derivatives are written as more nodes of it, which ONNX Runtime runs, so that no training framework is needed; the
+    original model says what is right, so that no labels are. Adam goes ``epochs`` times through the feeds; a step moves a number
+    by at most ``rate`` times the root mean square of its matrix. With ``vary=true`` it never sees a text twice (see
+    :mod:`joined_texts`). The weights after the epoch that lost least on the feeds that choose are kept, where that is less than
+    before.
+
+    The original is the model as it was before the first approximate pass of the plan, or the file ``teacher``. ``weights=new``
+    moves the weights that it does not have (by name), ``weights=all`` those of all other linears and norms too, but for tables
+    and what is shared with them. Shapes stay, so the model is as fast as it was.
+
+    Does not fire where no pass before it in the plan is approximate and no ``teacher`` is given; on models of an opset before 13;
+    where what is new is not float32 (let ``to-half`` and ``quantize-ffn`` come after it); where no derivative leads from there to
+    anything that the original has too. Operators of other domains and graphs inside (If, Loop) have none: what they read is
+    compared then, and a note says so.
+
+    Source: knowledge distillation, arXiv 1503.02531; Adam, arXiv 1412.6980; docs/approximations.md.
+    """
+
+    name: ClassVar[str] = "distill-ffn"
+    exact: ClassVar[bool] = False
+    weights: Literal["new", "all"] = field(default="new", metadata={"help": "which weights move"})
+    epochs: int = field(default=8, metadata={"help": "how often it goes through the feeds"})
+    rate: float = field(default=0.004, metadata={"help": "largest step, as a part of the size of a matrix"})
+    teacher: str = field(default="", metadata={"help": "file of the original model, where the plan does not begin with it"})
+    vary: bool = field(default=True, metadata={"help": "make other texts of those of the feeds"})
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs}: it has to go through the feeds at least once")
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate={self.rate} must lie between 0 and 1: it is a part of the size of a matrix")
+
+    @property
+    def needs_feeds(self) -> bool:
+        """Always."""
+        return True
+
+    def run(self, model: Model, context: Context) -> PassResult:
+        """Move the weights where that helps."""
+        original = Model.load(self.teacher) if self.teacher else context.original
+        if original is None:
+            return self.result(0, [Refused("no pass before it in the plan is approximate: name the original with teacher=FILE")])
+        constants = _movable(model, original, everything=self.weights == "all")
+        if not constants:
+            return self.result(0, [Refused("nothing in the main graph that the original does not have is a float32 weight: let "
+                                           "to-half and quantize-ffn come after it")])
+        refusal = why_no_student(model, original, list(constants))
+        if refusal is not None:
+            return self.result(0, [refusal])
+        assert context.fit is not None
+        student = Student(model, original, list(constants), context)
+        texts = JoinedTexts(model, context.fit) if self.vary else None
+        start = {name: constants[name]._values.load().astype(np.float32) for name in student.weights}
+        found = descend(student, start, texts if texts is not None and texts.any else None, context, epochs=self.epochs,
+                        rate=self.rate, progress=lambda message: context.progress(f"{self.name}: {message}"))
+        notes = _where(model, student)
+        if not found.after < _WORTH * found.before:
+            return self.result(0, [Refused(f"the feeds that choose do not see it (loss {found.before:.4g} before, "
+                                           f"{found.after:.4g} after)", student.ends[0])], notes)
+        for name in student.weights:
+            build = Builder(model, model.graph, name, onnx.TensorProto.FLOAT)
+            replace_uses(constants[name], build.constant(found.weights[name], "distilled"))
+        return self.result(len(student.weights), [], [
+            f"loss on the feeds that choose {found.before:.4g} before, {found.after:.4g} after epoch {found.epochs} of "
+            f"{self.epochs}", *notes])
+
+
+def _movable(model: Model, original: Model, *, everything: bool) -> dict[str, gs.Constant]:
+    """Float32 weights of the main graph by name: those that ``original`` does not have, or all of its linears and norms."""
+    outputs = {id(tensor) for tensor in model.graph.outputs}
+    known = {constant.name for constant in constants_read(original.graph.nodes)}
+    found = {}
+    for node in model.graph.nodes:
+        for tensor in node.inputs:
+            if not isinstance(tensor, gs.Constant) or tensor._values.onnx_type != onnx.TensorProto.FLOAT:
+                continue
+            fits = len(tensor.shape) in (1, 2) and int(np.prod(tensor.shape)) > 1
+            private = id(tensor) not in outputs and not getattr(tensor, "captured", False)
+            asked = tensor.name not in known or (everything and all(reader.op in _LINEAR for reader in consumers(tensor)))
+            if fits and private and asked:
+                found[tensor.name] = tensor
+    return found
+
+
+def _where(model: Model, student: Student) -> list[str]:
+    inside = sorted(set(student.ends) - {tensor.name for tensor in model.graph.outputs})
+    if not inside:
+        return []
+    return [f"compared at {', '.join(inside)}, as no derivative leads through {', '.join(student.blocked) or 'what is behind'}"]

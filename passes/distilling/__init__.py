@@ -1,0 +1,1 @@
+"""Moving the weights of a rewritten model together, by what the original gives."""

@@ -18,7 +18,7 @@ EXAMPLES = {"bilinear-ffn": ["bilinear-ffn:blocks=1"], "factorize-ffn": ["factor
             "remove-attention": ["remove-attention"], "remove-layer": ["remove-layer:blocks=1"],
             "share-ffn": ["share-ffn:groups=1"], "sparsify-ffn": ["sparsify-ffn:blocks=1"], "split-ffn": ["split-ffn:blocks=1"],
             "canonicalize-ffn": ["canonicalize-ffn:all=true"], "clean-up": ["clean-up"], "dedupe-weights": ["dedupe-weights"],
-            "distill-ffn": ["slim-ffn:keep=0.5,multiple=8 distill-ffn:epochs=4,rate=0.01"],
+            "distill-ffn": ["slim-ffn:keep=0.5,select=magnitude,refit=none,affine=false distill-ffn:epochs=4"],
             "drop-neurons": ["drop-neurons:multiple=1"], "fold-bias": ["fold-bias"], "fold-norm": ["fold-norm"],
             "fuse-matmul": ["fuse-matmul"],
             "linearize-ffn": ["linearize-ffn:blocks=1", "linearize-ffn:fit=stein,blocks=1", "linearize-ffn:fit=neuron,blocks=2",

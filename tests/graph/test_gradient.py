@@ -69,11 +69,12 @@ RULES: dict[str, After] = {
     "Sum": lambda s, h: s.op("Sum", h, s.op("Tanh", h), constant(s, D)),
     "MatMul of two values": lambda s, h: s.op("MatMul", h, s.op("Transpose", s.op("Tanh", h), perm=[0, 2, 1])),
     "MatMul with a stack": lambda s, h: s.op("MatMul", h, constant(s, 2, D, 5)),
-    "Gemm": lambda s, h: s.op("Gemm", s.op("Reshape", h, integers(s, -1, D)), s.op("Reshape", cut(s, h, 0, 1, 0), integers(s, D, 3)),
-                              constant(s, 3), alpha=0.7, beta=0.3),
+    "Gemm": lambda s, h: s.op("Gemm", s.op("Reshape", h, integers(s, -1, D)),
+                              s.op("Reshape", cut(s, h, 0, 1, 0), integers(s, D, 3)), constant(s, 3), alpha=0.7, beta=0.3),
     "Gemm, turned": lambda s, h: s.op("Gemm", s.op("Reshape", h, integers(s, -1, D)),
                                       s.op("Reshape", cut(s, h, 0, 1, 0), integers(s, 3, D)), transB=1),
-    "Gemm's bias": lambda s, h: s.op("Gemm", constant(s, 6, 2), constant(s, 2, D), s.op("Reshape", h, integers(s, 6, D)), beta=2.0),
+    "Gemm's bias": lambda s, h: s.op("Gemm", constant(s, 6, 2), constant(s, 2, D), s.op("Reshape", h, integers(s, 6, D)),
+                                     beta=2.0),
     "Softmax": lambda s, h: s.op("Softmax", h, axis=-1), "Softmax over rows": lambda s, h: s.op("Softmax", h, axis=1),
     "LogSoftmax": lambda s, h: s.op("LogSoftmax", h),
     "LayerNormalization": lambda s, h: s.op("LayerNormalization", h, constant(s, D), constant(s, D)),
@@ -99,7 +100,8 @@ RULES: dict[str, After] = {
 def net(after: After, opset: int = 20) -> Sketch:
     """y = after(x w + b); w and b are asked for."""
     s = Sketch(opset)
-    h = s.op("Add", s.op("MatMul", s.input("x", ["batch", "rows", D]), s.weight(s.numbers(D, D), "w")), s.weight(s.numbers(D), "b"))
+    product = s.op("MatMul", s.input("x", ["batch", "rows", D]), s.weight(s.numbers(D, D), "w"))
+    h = s.op("Add", product, s.weight(s.numbers(D), "b"))
     s.op("Identity", after(s, h), out=s.output("y"))
     return s
 
@@ -108,7 +110,8 @@ def slopes(s: Sketch, folder: Path, seed: np.ndarray, weights: list[str]) -> dic
     model = Model.load(s.save(folder / "m.onnx"))
     found = add_gradients(model, {"y": gs.Variable("seed")}, weights)
     session = open_session(model, outputs=list(found.values()), inputs={"seed": TensorProto.FLOAT}, threads=1)
-    given = session.run({name: array for name, array in {"x": X, "seed": seed}.items() if name in {i.name for i in session.inputs}})
+    taken = {spec.name for spec in session.inputs}
+    given = session.run({name: array for name, array in {"x": X, "seed": seed}.items() if name in taken})
     return {name: given[value] for name, value in found.items()}
 
 
@@ -166,6 +169,6 @@ def test_comparisons_and_shapes_are_no_ends(tmp_path):
 def test_what_a_rule_does_not_cover_is_named_and_can_be_left_out(tmp_path):
     s = net(lambda s, h: s.op("Pow", s.weight(np.float32(2)), s.op("Tanh", h, out="t"), out="p"))
     model = Model.load(s.save(tmp_path / "m.onnx"))
-    with pytest.raises(NoDerivativeError, match="^p$"):
+    with pytest.raises(NoDerivativeError, match=r"^p$"):
         add_gradients(model, {"y": gs.Variable("seed")}, ["w"])
     assert path_from(model, ["w"], frozenset({"p"})).ends == ("t",)

@@ -52,9 +52,10 @@ def test_only_what_is_new_moves(tmp_path):
 
 def test_all_linears_and_norms_may_move(tmp_path):
     s = transformer(3, D, FF)
-    new, [_, few] = rewrite(s, tmp_path, "linearize-ffn:heal=false", DISTILL, fit=FIT, choose=CHOOSE)
+    affine = "linearize-ffn:heal=false"
+    new, [_, few] = rewrite(s, tmp_path, affine, DISTILL, fit=FIT, choose=CHOOSE)
     (tmp_path / "all").mkdir()
-    model, [_, result] = rewrite(s, tmp_path / "all", "linearize-ffn:heal=false", f"{DISTILL},weights=all", fit=FIT, choose=CHOOSE)
+    model, [_, result] = rewrite(s, tmp_path / "all", affine, f"{DISTILL},weights=all", fit=FIT, choose=CHOOSE)
     assert result.fired == few.fired + 6
     assert mean_drift(s.model(), model) < mean_drift(s.model(), new)
 
@@ -71,7 +72,8 @@ def test_a_table_and_what_is_read_beside_it_stay(tmp_path):
     (tmp_path / "too").mkdir()
     model, [_, result] = rewrite(s, tmp_path / "too", SLIM, f"{DISTILL},weights=all", fit=fit, choose=choose)
     assert result.fired
-    np.testing.assert_array_equal(weights(model)["words"], np.frombuffer(s.initializers["words"].raw_data, np.float32).reshape(300, D))
+    table = np.frombuffer(s.initializers["words"].raw_data, np.float32).reshape(300, D)
+    np.testing.assert_array_equal(weights(model)["words"], table)
     assert divergence(s.model(), model, report) < divergence(s.model(), slim, report)
 
 

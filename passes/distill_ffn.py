@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,8 +11,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ..graph.builder import Builder
-from ..graph.edit import consumers, replace_uses
+from ..graph.edit import consumers, producer, replace_uses
 from ..graph.export import constants_read
+from ..graph.gradient.tape import NoDerivativeError
 from ..graph.model import Model
 from .base import Context, Pass, PassResult, Refused
 from .distilling.descent import descend
@@ -19,7 +21,8 @@ from .distilling.joined_texts import JoinedTexts
 from .distilling.student import Student, why_no_student
 
 _WORTH = 0.99  # of the loss before, which the feeds that choose must see less than
-_LINEAR = frozenset(("MatMul", "Gemm", "Add", "Mul", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"))
+_LINEAR = ("MatMul", "Gemm")
+_NORM = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class DistillFFN(Pass):
     before.
 
     The original is the model as it was before the first approximate pass of the plan, or the file ``teacher``. ``weights=new``
-    moves the weights that it does not have (by name), ``weights=all`` those of all other linears and norms too, but for tables
-    and what is shared with them. Shapes stay, so the model is as fast as it was.
+    moves the matrices and vectors that it does not have (by name), ``weights=all`` those of all other linears (MatMul, Gemm, the
+    bias added to one) and norms too. Zeros of sparse matrices stay. Shapes stay, so the model is as fast as it was.
 
     Does not fire where no pass before it in the plan is approximate and no ``teacher`` is given; on models of an opset before 13;
     where what is new is not float32 (let ``to-half`` and ``quantize-ffn`` come after it); where no derivative leads from there to
@@ -70,24 +73,30 @@ class DistillFFN(Pass):
         """Move the weights where that helps."""
         original = Model.load(self.teacher) if self.teacher else context.original
         if original is None:
-            return self.result(0, [Refused("no pass before it in the plan is approximate: name the original with teacher=FILE")])
+            return self._refused("there is no original to come nearer to: put it behind a pass that approximates blocks, or "
+                                 "name the original with teacher=FILE")
         constants = _movable(model, original, everything=self.weights == "all")
         if not constants:
-            return self.result(0, [Refused("nothing in the main graph that the original does not have is a float32 weight: let "
-                                           "to-half and quantize-ffn come after it")])
+            return self._refused("nothing in the main graph that the original does not have is a float32 weight: passes that put "
+                                 "one in come before this one, to-half and quantize-ffn after it")
         refusal = why_no_student(model, original, list(constants))
         if refusal is not None:
             return self.result(0, [refusal])
         assert context.fit is not None
-        student = Student(model, original, list(constants), context)
+        try:
+            student = Student(model, original, list(constants), context)
+        except NoDerivativeError as error:
+            return self._refused("the way back is cut by too many nodes that no rule covers", str(error))
         texts = JoinedTexts(model, context.fit) if self.vary else None
         start = {name: constants[name]._values.load().astype(np.float32) for name in student.weights}
         found = descend(student, start, texts if texts is not None and texts.any else None, context, epochs=self.epochs,
                         rate=self.rate, progress=lambda message: context.progress(f"{self.name}: {message}"))
         notes = _where(model, student)
+        if len(student.weights) < len(constants):
+            notes.append(f"{len(constants) - len(student.weights)} of {len(constants)} weights stay: no derivative leads to them")
         if not found.after < _WORTH * found.before:
-            return self.result(0, [Refused(f"the feeds that choose do not see it (loss {found.before:.4g} before, "
-                                           f"{found.after:.4g} after)", student.ends[0])], notes)
+            return self._refused(f"the feeds that choose do not see it (loss {found.before:.4g} before, {found.after:.4g} after)",
+                                 student.ends[0], notes)
         for name in student.weights:
             build = Builder(model, model.graph, name, onnx.TensorProto.FLOAT)
             replace_uses(constants[name], build.constant(found.weights[name], "distilled"))
@@ -95,9 +104,12 @@ class DistillFFN(Pass):
             f"loss on the feeds that choose {found.before:.4g} before, {found.after:.4g} after epoch {found.epochs} of "
             f"{self.epochs}", *notes])
 
+    def _refused(self, reason: str, value: str = "", notes: Sequence[str] = ()) -> PassResult:
+        return self.result(0, [Refused(reason, value)], notes)
+
 
 def _movable(model: Model, original: Model, *, everything: bool) -> dict[str, gs.Constant]:
-    """Float32 weights of the main graph by name: those that ``original`` does not have, or all of its linears and norms."""
+    """Float32 weights of linears and norms of the main graph by name: those that ``original`` does not have, or all."""
     outputs = {id(tensor) for tensor in model.graph.outputs}
     known = {constant.name for constant in constants_read(original.graph.nodes)}
     found = {}
@@ -105,12 +117,25 @@ def _movable(model: Model, original: Model, *, everything: bool) -> dict[str, gs
         for tensor in node.inputs:
             if not isinstance(tensor, gs.Constant) or tensor._values.onnx_type != onnx.TensorProto.FLOAT:
                 continue
-            fits = len(tensor.shape) in (1, 2) and int(np.prod(tensor.shape)) > 1
             private = id(tensor) not in outputs and not getattr(tensor, "captured", False)
-            asked = tensor.name not in known or (everything and all(reader.op in _LINEAR for reader in consumers(tensor)))
-            if fits and private and asked:
+            new = tensor.name not in known
+            if private and (new or everything) and all(_weighs(reader, tensor, new) for reader in consumers(tensor)):
                 found[tensor.name] = tensor
-    return found
+    return {name: tensor for name, tensor in found.items() if np.isfinite(tensor._values.load()).all()}
+
+
+def _weighs(node: gs.Node, tensor: gs.Tensor, new: bool) -> bool:
+    """Whether ``tensor`` is the matrix of a linear, its bias, or of a norm; where it is new also any other vector."""
+    place = next(index for index, each in enumerate(node.inputs) if each is tensor)
+    rank, size = len(tensor.shape), int(np.prod(tensor.shape))
+    if rank == 2:
+        return node.op in _LINEAR and place == 1
+    if rank != 1 or size < 2:
+        return False
+    if node.op in _LINEAR or node.op in _NORM:
+        return place > 0
+    beside = node.op == "Add" and getattr(producer(node.inputs[1 - place]), "op", "") in _LINEAR
+    return beside or (new and node.op in ("Add", "Mul"))
 
 
 def _where(model: Model, student: Student) -> list[str]:

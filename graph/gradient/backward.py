@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ..model import Model
-from ..sort import topological
+from ..sort import reads, topological
 from . import elementwise, norms, products, shapes
 from .tape import Gradients, NoDerivativeError, Rule, Tape
 
@@ -58,7 +58,7 @@ def path_from(model: Model, weights: Sequence[str], without: frozenset[str] = fr
             continue
         if not _has_rule(node, without):
             blocked[node.op] = None
-            ends |= {tensor.name: None for tensor in node.inputs if id(tensor) in live and not isinstance(tensor, gs.Constant)}
+            ends |= {tensor.name: None for tensor in reads(node) if id(tensor) in live and not isinstance(tensor, gs.Constant)}
         ends |= {tensor.name: None for tensor in node.outputs if tensor.name in outputs and id(tensor) in live}
     return Path(tuple(ends), tuple(blocked))
 
@@ -111,18 +111,19 @@ def _live(model: Model, weights: Sequence[str], without: frozenset[str]) -> set[
             if isinstance(tensor, gs.Constant) and tensor.name in asked}
     for node in topological(model.graph.nodes):
         if _reads(node, live) and _has_rule(node, without):
-            live |= {id(tensor) for tensor in node.outputs if tensor.name}
+            live |= {id(tensor) for tensor in (node.outputs if node.op in shapes.MANY else node.outputs[:1]) if tensor.name}
     return live
 
 
 def _reads(node: gs.Node, live: set[int]) -> bool:
     """Whether ``node`` is a smooth function of something live."""
     stops = node.op in _NO_SLOPE or (node.op == "Cast" and node.attrs["to"] not in _FLOATS)
-    return not stops and any(id(tensor) in live for tensor in node.inputs)
+    return not stops and any(id(tensor) in live for tensor in reads(node))
 
 
 def _has_rule(node: gs.Node, without: frozenset[str]) -> bool:
-    return node.op in _RULES and node.domain in (None, "", "ai.onnx") and node.outputs[0].name not in without
+    plain = node.op in _RULES and node.domain in (None, "", "ai.onnx") and node.outputs[0].name not in without
+    return plain and not (node.op == "Cast" and node.attrs["to"] != onnx.TensorProto.FLOAT)
 
 
 def _sum(tape: Tape, parts: list[gs.Tensor]) -> gs.Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import onnx
 import onnx_graphsurgeon as gs
 
 from ..constant import fold
@@ -58,24 +57,27 @@ def _where(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradient
 
 
 def _extreme(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradients:
-    """Max, Min, Clip: to those inputs that the output is equal to."""
+    """Max, Min, Clip: to the first input that the output is equal to."""
     if any(wanted[1:]) and node.op == "Clip":
         raise NoDerivativeError
-    return _each(t, node, [t.op("Where", t.op("Equal", node.outputs[0], x), _first(g), t.number(0)) if want else None
-                           for x, want in zip(node.inputs, wanted, strict=True)], wanted)
+    left, found = _first(g), list[gs.Tensor | None]()
+    for x in node.inputs if node.op != "Clip" else node.inputs[:1]:
+        here = t.op("Equal", node.outputs[0], x)
+        found.append(t.op("Where", here, left, t.number(0)))
+        left = t.op("Where", here, t.number(0), left)
+    return _each(t, node, found + [None] * (len(node.inputs) - len(found)), wanted)
 
 
 def _same(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradients:
     return [g[0], *[None] * (len(node.inputs) - 1)]
 
 
-def _cast(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradients:
-    """Back to the type it had; before opset 15, which has no CastLike, that is taken to be float32 as well."""
-    if t.opset >= 15:
-        return [t.op("CastLike", _first(g), node.inputs[0])]
-    if node.attrs["to"] != onnx.TensorProto.FLOAT:
+def _dropout(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradients:
+    """The identity, but where it is told to train."""
+    training = fold(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else None
+    if len(node.inputs) > 2 and node.inputs[2].name and (training is None or bool(training.load().any())):
         raise NoDerivativeError
-    return [g[0]]
+    return _same(t, node, g, wanted)
 
 
 def _slope(of: str) -> Rule:
@@ -139,5 +141,5 @@ _SLOPES = {
 }
 
 RULES: dict[str, Rule] = {"Add": _add, "Sum": _add, "Sub": _sub, "Mul": _mul, "Div": _div, "Pow": _pow, "Where": _where,
-                          "Max": _extreme, "Min": _extreme, "Clip": _extreme, "Identity": _same, "Dropout": _same,
-                          "Cast": _cast} | {name: _slope(name) for name in _SLOPES}
+                          "Max": _extreme, "Min": _extreme, "Clip": _extreme, "Identity": _same, "Dropout": _dropout,
+                          "Cast": _same} | {name: _slope(name) for name in _SLOPES}

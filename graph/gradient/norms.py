@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ..constant import fold
 from .tape import Gradients, NoDerivativeError, Rule, Tape
 
 
@@ -26,7 +27,10 @@ def _softmax(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradie
 def _norm(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradients:
     assert g[0] is not None
     x, scale = node.inputs[:2]
-    if node.attrs.get("axis", -1) != -1:
+    beside = any(tensor.name and tensor.outputs for tensor in node.outputs[1:])  # the mean or the spread, which is read
+    axis, known = node.attrs.get("axis", -1), fold(scale)
+    last = axis == -1 or (axis > 0 and known is not None and len(known.shape) == 1)
+    if not last or beside:
         raise NoDerivativeError
     centred = node.op == "LayerNormalization"
     about = t.op("Sub", x, t.mean(x)) if centred else x

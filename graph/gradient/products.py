@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ..constant import fold
 from .tape import Gradients, NoDerivativeError, Rule, Tape
 
 
@@ -11,7 +12,8 @@ def _matmul(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradien
     """X W: g Wᵀ and Xᵀ g, the latter added up over all rows at once where W is a constant matrix."""
     (x, w), reached = node.inputs, g[0]
     assert reached is not None
-    if any(isinstance(each, gs.Constant) and len(each.shape) < 2 for each in (x, w)):
+    known = [fold(each) for each in (x, w)]
+    if any(each is not None and len(each.shape) < 2 for each in known):
         raise NoDerivativeError
     constant = isinstance(w, gs.Constant) and len(w.shape) == 2
     back = None

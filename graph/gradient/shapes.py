@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from ..constant import fold
@@ -47,7 +48,8 @@ def _slice(t: Tape, node: gs.Node, g: Gradients, wanted: list[bool]) -> Gradient
     if axes is None or axes.size != 1:
         raise NoDerivativeError
     axis = int(axes.load().reshape(-1)[0]) if rest and rest[0].name else 0
-    places = t.op("Slice", _numbered(t, x, axis), start, end, t.integers(0), *rest[1:])
+    bounds = [t.op("Cast", bound, to=onnx.TensorProto.INT64) for bound in (start, end, *rest[1:])]
+    places = t.op("Slice", _numbered(t, x, axis), *bounds[:2], t.integers(0), *bounds[2:])
     return [t.scatter(g[0], places, x, axis, repeated=False), *[None] * (len(node.inputs) - 1)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime import Feeds
+from ...runtime import Feed, Feeds
 from ..base import Context
 from ..fitting.adam import adam_step, falling
 from .joined_texts import JoinedTexts
@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 Weights = dict[str, Array]
 _RISE = 50  # steps until the rate is reached
 _MOST_THREADS = 8
+_SPARSE = 0.05  # of a matrix: so many zeros were put there, and stay
 _ROWS = 4  # sentences or images that a step sees at least
 
 
@@ -50,7 +51,8 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, context
         rate: the largest step of one number, as a part of the root mean square of its matrix.
 
     Returns:
-        The weights after the epoch, or before the first, that lost least on the feeds that choose.
+        The weights after the epoch, or before the first, that lost least on those of the feeds that choose where a loss can be
+        stated. Zeros stay zero in matrices that have many.
     """
     assert context.fit is not None
     assert context.choose is not None
@@ -59,11 +61,14 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, context
     sizes = _sizes(now)
     together = max(1, -(-_ROWS // _rows(feeds)))
     steps = epochs * -(-len(feeds) // together)
-    before = loss_on(student, context.choose, now)
+    student.move_to(now)
+    judging = [feed for feed in context.choose if np.isfinite(student.loss(feed))]
+    before = loss_on(student, judging, now)
+    zeros = {name: array == 0 for name, array in now.items() if array.ndim > 1 and np.mean(array == 0) > _SPARSE}
     found = Descent(dict(start), before, before)
     done, step = 0, 0
     held = None if context.resume is None else context.resume.load_arrays()
-    if held is not None:
+    if held is not None and float(held["before"]) == before:
         done, step = int(held["done"]), int(held["step"])
         found = Descent({name: held[f"best.{name}"] for name in now}, before, float(held["after"]), int(held["epochs"]))
         for target, kind in ((now, "now"), (first, "first"), (second, "second")):
@@ -75,14 +80,17 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, context
             progress(f"epoch {epoch + 1} of {epochs}, feed {begin + 1} of {len(feeds)}, loss {found.after:.4g}, "
                      f"at first {before:.4g}")
             gradient = _gradient(student, feeds, order[begin:begin + together].tolist(), texts, random, now)
+            for name in zeros.keys() & gradient.keys():
+                gradient[name][zeros[name]] = 0
             size = rate * falling(step, steps, min(_RISE, max(1, steps // 10)))
             step += 1
             _step(gradient, now, first, second, {name: size * sizes[name] for name in gradient}, step)
-        lost = loss_on(student, context.choose, now)
+        lost = loss_on(student, judging, now)
         if lost < found.after:
             found = Descent({name: array.copy() for name, array in now.items()}, before, lost, epoch + 1)
         if context.resume is not None:
             context.resume.save_arrays({
+                "before": np.asarray(before),
                 "done": np.asarray(epoch + 1), "step": np.asarray(step), "after": np.asarray(found.after),
                 "epochs": np.asarray(found.epochs),
                 **{f"{kind}.{name}": array for kind, arrays in (("now", now), ("first", first), ("second", second),
@@ -90,10 +98,10 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, context
     return found
 
 
-def loss_on(student: Student, feeds: Feeds, weights: Weights) -> float:
-    """The mean loss over ``feeds``; infinite where one of them gives no number."""
+def loss_on(student: Student, feeds: Sequence[Feed], weights: Weights) -> float:
+    """The mean loss over ``feeds``; infinite where one of them gives no number, or there is none."""
     student.move_to(weights)
-    return float(np.mean([student.loss(feed) for feed in feeds]))
+    return float(np.mean([student.loss(feed) for feed in feeds])) if feeds else np.inf
 
 
 def _gradient(student: Student, feeds: Feeds, chosen: Sequence[int], texts: JoinedTexts | None, random: np.random.Generator,

@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ...graph.builder import Builder
+from ...graph.errors import InputError
 from ...graph.export import constants_read
 from ...graph.gradient.backward import OLDEST, Path, add_gradients, path_from
 from ...graph.gradient.tape import NoDerivativeError
@@ -54,6 +55,7 @@ class Student:
         trial, path, losses, gradients = _with_gradients(model, original, weights)
         self.ends, self.blocked, self.weights = path.ends, path.blocked, list(gradients)
         self._losses = losses
+        self._as_logits = _logits(model)
         self._sums = {name: _so_far(name) for name in gradients}
         given = {_target(end) for end in path.ends} | {_row_weight(end) for end in path.ends}
         self._session = OnDevice(open_session(
@@ -64,11 +66,13 @@ class Student:
         self._gradients = gradients
         self._zero = {_so_far(name): np.zeros(_shape_of(model, name), np.float32) for name in gradients}
         self._sum: dict[str, Any] = {}
+        self._failed = False
 
     def move_to(self, weights: Mapping[str, Array]) -> None:
         """Let the weights be these from now on; they may change only before the next call of this. The sum begins anew."""
         self._session.hold({name: weights[name] for name in self.weights} | self._zero)
         self._sum = {}
+        self._failed = False
 
     def loss(self, feed: Mapping[str, Any]) -> float:
         """L on one feed; infinite where it is no number.
@@ -80,21 +84,26 @@ class Student:
 
     def add(self, feed: Mapping[str, Any]) -> None:
         """Add the gradient of L on one feed to the sum, on the device."""
-        _, found = self._run(feed, {self._sums[name]: value for name, value in self._sum.items()},
-                             list(self._gradients.values()))
-        self._sum = {name: found[self._gradients[name]] for name in self.weights} if found else {}
+        loss, found = self._run(feed, {self._sums[name]: value for name, value in self._sum.items()},
+                                list(self._gradients.values()))
+        if np.isfinite(loss):
+            self._sum = {name: found[self._gradients[name]] for name in self.weights}
+        else:
+            self._failed = True
 
     def gradient(self) -> dict[str, Array]:
-        """The sum; nothing where no feed was added, or it has numbers that are not finite."""
+        """The sum; nothing where no feed was added, one had no loss, or it has numbers that are not finite."""
         found = {name: to_array(value) for name, value in self._sum.items()}
-        return found if all(np.isfinite(each).all() for each in found.values()) else {}
+        return found if not self._failed and all(np.isfinite(each).all() for each in found.values()) else {}
 
     def _run(self, feed: Mapping[str, Any], more: Mapping[str, Any], wanted: list[str]) -> tuple[float, dict[str, Any]]:
         padding = Padding(feed)
         targets = self._teacher(feed, self.ends)
         given: dict[str, Any] = {**feed, **more}
         for end, target in targets.items():
-            counted = row_weights(target, padding) if end != _LOGITS else even_weights(target, padding)
+            if target.element_type() != onnx.TensorProto.FLOAT:
+                raise InputError(f"the original has '{end}' in another type than float32: name another teacher")
+            counted = row_weights(target, padding) if end not in self._as_logits else even_weights(target, padding)
             if counted is None:
                 return np.inf, {}
             given |= {_target(end): target, _row_weight(end): counted}
@@ -136,7 +145,7 @@ def even_weights(target: Any, padding: Padding) -> Array | None:
     leading = shape[:-1]
     kept = padding.kept(shape) if len(shape) > 1 else None
     counted = np.ones(int(np.prod(leading)), np.float32) if kept is None else kept.astype(np.float32)
-    return (counted / counted.sum()).reshape(*leading, *[1] * min(len(shape), 1)) if counted.any() else None
+    return (counted / counted.sum()).reshape((*leading, *[1] * min(len(shape), 1))) if counted.any() else None
 
 
 def _with_gradients(model: Model, original: Model, weights: Sequence[str]) -> tuple[Model, Path, list[str], dict[str, str]]:
@@ -173,25 +182,36 @@ def _compared(path: Path, original: Model) -> Path:
 
 
 def _seeds(model: Model, ends: Sequence[str]) -> tuple[dict[str, gs.Tensor], list[str]]:
-    """∂L/∂end for each end (of half of L where it is a square), and the parts of L."""
+    """∂L/∂end for each end (of half of L where it is a square), and the parts of L; what does not count may be no number."""
     values = {tensor.name: tensor for node in model.graph.nodes for tensor in node.outputs}
     build = Builder(model, model.graph, "distill")
+    zero, as_logits = build.number(0, "zero"), _logits(model)
     seeds: dict[str, gs.Tensor] = {}
     losses = []
     for end in ends:
-        value, target, counted = values[end], gs.Variable(_target(end)), gs.Variable(_row_weight(end))
-        if end == _LOGITS:
+        value, given, counted = values[end], gs.Variable(_target(end)), gs.Variable(_row_weight(end))
+        target = build.op("Reshape", given, build.op("Shape", value))  # fails where the original has it in another size
+        counts = build.op("Greater", counted, zero)
+        if end in as_logits:
             ours, theirs = (build.op("LogSoftmax", x, axis=-1) for x in (value, target))
             chances = build.op("Exp", theirs)
-            lost = build.op("Mul", chances, build.op("Sub", theirs, ours))
-            seeds[end] = build.op("Mul", build.op("Sub", build.op("Exp", ours), chances), counted)
-            lost = build.op("Mul", lost, counted)
+            apart = build.op("Where", build.op("Greater", chances, zero), build.op("Sub", theirs, ours), zero)
+            lost = build.op("Mul", chances, apart)
+            seed = build.op("Sub", build.op("Exp", ours), chances)
         else:
-            apart = build.op("Sub", value, target)
-            seeds[end] = build.op("Mul", apart, counted)
-            lost = build.op("Mul", seeds[end], apart)
+            seed = build.op("Sub", value, target)
+            lost = build.op("Mul", seed, seed)
+        seeds[end], lost = (build.op("Mul", build.op("Where", counts, each, zero), counted) for each in (seed, lost))
         losses.append(build.op("ReduceSum", lost, keepdims=0).name)
     return seeds, losses
+
+
+def _logits(model: Model) -> frozenset[str]:
+    """The output called ``logits``, where its last axis can be classes."""
+    shapes = {tensor.name: tensor.shape for tensor in model.graph.outputs}
+    shape = shapes.get(_LOGITS)
+    classes = shape is None or (2 <= len(shape) <= 3 and shape[-1] != 1)
+    return frozenset((_LOGITS,)) if _LOGITS in shapes and classes else frozenset()
 
 
 def _target(end: str) -> str:

@@ -55,6 +55,9 @@ RULES: dict[str, After] = {
     "Pow 2": lambda s, h: s.op("Pow", h, s.weight(np.float32(2))),
     "Pow 3": lambda s, h: s.op("Pow", h, s.weight(np.float32(3))),
     "Where": lambda s, h: s.op("Where", s.weight(np.arange(D) % 2 == 0), h, s.op("Neg", s.op("Mul", h, h))),
+    "Max of equals": lambda s, h: s.op("Max", h, s.op("Identity", h)),
+    "Slice by int32": lambda s, h: s.op("Slice", h, *(s.weight(np.array([each], np.int32)) for each in (0, 2, 1))),
+    "LayerNormalization, axis 2": lambda s, h: s.op("LayerNormalization", h, constant(s, D), axis=2),
     "Max": lambda s, h: s.op("Max", h, constant(s, D)),
     "Min": lambda s, h: s.op("Min", h, constant(s, D)),
     "Clip": lambda s, h: s.op("Clip", h, s.weight(np.float32(-0.4)), s.weight(np.float32(0.6))),
@@ -172,3 +175,25 @@ def test_what_a_rule_does_not_cover_is_named_and_can_be_left_out(tmp_path):
     with pytest.raises(NoDerivativeError, match=r"^p$"):
         add_gradients(model, {"y": gs.Variable("seed")}, ["w"])
     assert path_from(model, ["w"], frozenset({"p"})).ends == ("t",)
+
+
+def test_a_norm_whose_mean_is_read_is_not_covered(tmp_path):
+    s = net(lambda s, h: s.op("Add", s.op("LayerNormalization", h, constant(s, D), out=["n", "mean"]), "mean"))
+    with pytest.raises(NoDerivativeError, match="n"):
+        add_gradients(Model.load(s.save(tmp_path / "m.onnx")), {"y": gs.Variable("seed")}, ["w"])
+
+
+def test_another_type_ends_the_way(tmp_path):
+    s = net(lambda s, h: s.op("Cast", s.op("Tanh", h, out="t"), to=TensorProto.DOUBLE))
+    assert path_from(Model.load(s.save(tmp_path / "m.onnx")), ["w"]).ends == ("t",)
+
+
+def test_a_value_that_a_branch_reads_is_an_end(tmp_path):
+    s = net(lambda s, h: s.op("Tanh", h, out="t"))
+    s.nodes.pop()
+    inner, other = Sketch(), Sketch()
+    inner.op("Identity", "t", out=inner.output("then_y"))
+    other.op("Neg", "t", out=other.output("else_y"))
+    s.op("If", s.weight(np.array(True)), out="y", then_branch=inner.graph("then"), else_branch=other.graph("else"))
+    path = path_from(Model.load(s.save(tmp_path / "m.onnx")), ["w"])
+    assert (path.ends, path.blocked) == (("t",), ("If",))

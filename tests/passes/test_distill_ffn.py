@@ -196,6 +196,46 @@ def test_it_refuses_where_nothing_behind_the_weights_can_be_compared(tmp_path):
     assert "no derivative leads through Hardmax" in result.refused[0].reason
 
 
+def test_zeros_of_a_sparse_matrix_stay(tmp_path):
+    model, [_, result] = rewrite(transformer(2, D, FF), tmp_path, "sparsify-ffn", DISTILL, fit=FIT, choose=CHOOSE)
+    assert result.fired
+    sparse = [each for name, each in weights(model).items() if each.ndim == 2 and "distilled" in name]
+    assert len(sparse) == 4
+    assert all((each == 0).mean() >= 0.5 for each in sparse)
+
+
+def test_masks_and_tables_are_no_weights(tmp_path):
+    s = Sketch()
+    x = s.input("x", ["batch", 6, D])
+    x = s.op("Add", x, s.weight(s.numbers(6, D), "positions"))
+    mask = s.weight(-3 * np.triu(np.ones((6, 6), np.float32)), "mask")
+    scores = s.op("Add", s.op("MatMul", x, s.op("Transpose", x, perm=[0, 2, 1])), mask)
+    x = s.op("Add", x, s.op("MatMul", s.op("Softmax", scores), s.linear(x, D, D)))
+    s.op("Add", x, s.ffn(s.norm(x, D), D, FF), out=s.output("y"))
+    model, [_, result] = rewrite(s, tmp_path, SLIM, f"{DISTILL},weights=all", fit=FIT, choose=CHOOSE)
+    assert result.fired == 8
+    assert {"positions", "mask"} <= set(weights(model))
+
+
+@pytest.mark.parametrize("after", ["rank 0", "other type", "no number in padding"])
+def test_outputs_of_other_kinds(tmp_path, after):
+    s = transformer(2, D, FF)
+    s.nodes.pop()
+    s.outputs.clear()
+    fit, choose = FIT, CHOOSE
+    if after == "rank 0":
+        s.op("ReduceMean", s.op("Abs", "stream_1"), keepdims=0, out=s.output("y"))
+    elif after == "other type":
+        s.op("Cast", "stream_1", to=TensorProto.DOUBLE, out=s.output("y", onnx_type=TensorProto.DOUBLE))
+    else:
+        mask = s.op("Cast", s.input("attention_mask", ["batch", "tokens"], TensorProto.INT64), to=TensorProto.FLOAT)
+        s.op("Add", "stream_1", s.op("Log", s.op("Unsqueeze", mask, s.weight(np.array([2])))), out=s.output("y"))
+        kept = {"attention_mask": np.repeat([[1, 1, 1, 1, 0, 0]], 4, axis=0)}
+        fit, choose = ([feed | kept for feed in feeds] for feeds in (FIT, CHOOSE))
+    _, [_, result] = rewrite(s, tmp_path, SLIM, DISTILL, fit=fit, choose=choose)
+    assert result.fired, result.refused
+
+
 @pytest.mark.parametrize(("options", "said"), [("epochs=0", "epochs=0"), ("rate=0", "rate=0"), ("rate=1.5", "rate=1.5"),
                                                ("weights=some", "weights")])
 def test_options_that_make_no_sense(options, said):

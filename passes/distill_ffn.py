@@ -34,7 +34,7 @@ class DistillFFN(Pass):
     Passes fit one block after the other, from what goes into a block to what should come out. This one goes through the whole
     graph: its derivatives are written as more nodes of it, which ONNX Runtime runs, so that no training framework is needed; the
     original model says what is right, so that no labels are. Adam goes ``epochs`` times through the feeds; a step moves a number
-    by at most ``rate`` times the root mean square of its matrix. With ``vary=true`` it never sees a text twice (see
+    by about ``rate`` times the root mean square of its matrix. With ``vary=true`` it seldom sees a text twice (see
     :mod:`joined_texts`). The weights after the epoch that lost least on the feeds that choose are kept, where that is less than
     before.
 
@@ -54,7 +54,7 @@ class DistillFFN(Pass):
     exact: ClassVar[bool] = False
     weights: Literal["new", "all"] = field(default="new", metadata={"help": "which weights move"})
     epochs: int = field(default=8, metadata={"help": "how often it goes through the feeds"})
-    rate: float = field(default=0.004, metadata={"help": "largest step, as a part of the size of a matrix"})
+    rate: float = field(default=0.004, metadata={"help": "size of a step at its largest, as a part of that of a matrix"})
     teacher: str = field(default="", metadata={"help": "file of the original model, where the plan does not begin with it"})
     vary: bool = field(default=True, metadata={"help": "make other texts of those of the feeds"})
 

@@ -48,7 +48,7 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, context
     Args:
         start: float32, by name; stays as it is.
         texts: makes other texts of those of the feeds; None: the feeds as they are.
-        rate: the largest step of one number, as a part of the root mean square of its matrix.
+        rate: the size of a step at its largest, as a part of the root mean square of its matrix.
 
     Returns:
         The weights after the epoch, or before the first, that lost least on those of the feeds that choose where a loss can be

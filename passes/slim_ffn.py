@@ -208,10 +208,13 @@ class SlimFFN(BlockPass):
         reason = why_no_less(block, width, self.maps(block))
         if reason is not None:
             return Refused(reason, block.output.name)
-        kind = str(Width(width, self.affine and not self.maps(block)))
+        kind = self._kind(block, width)
+        keep = KeptRows(context.streams.feeds) if self.refine and self.refit == "ridge" and width else None
         found = context.fits.load(block, kind) if context.fits is not None else None
+        if found is not None and not self._later_fits_known(block, kind, context):
+            context.streams.pass_by(block, inputs=self.maps(block) or keep is not None, neurons=width > 0, weight=self.weight,
+                                    target=self.target)
         if found is None:
-            keep = KeptRows(context.streams.feeds) if self.refine and self.refit == "ridge" and width else None
             evidence = context.streams.evidence(block, inputs=self.maps(block), neurons=width > 0, weight=self.weight,
                                                 target=self.target, keep=keep, as_read=self._as_read)
             if not evidence.rows:
@@ -223,6 +226,18 @@ class SlimFFN(BlockPass):
         if context.fits is not None:
             context.fits.save(block, kind, found)
         return found
+
+    def _kind(self, block: FFNBlock, width: int) -> str:
+        return str(Width(width, self.affine and not self.maps(block)))
+
+    def _later_fits_known(self, block: FFNBlock, kind: str, context: Context) -> bool:
+        """Whether no block after this one, whose fit is known, will have to be fitted."""
+        assert context.fits is not None
+        there = list(context.ledger.select(self.blocks)[0].values())
+        later = there[[each.index for each in there].index(block.index) + 1:]
+        widths = [context.widths.get(each.output.name, self.width(each)) for each in later]
+        return context.fits.has(block, kind, [(each.index, self._kind(each, width))
+                                              for each, width in zip(later, widths, strict=True)])
 
     def _refined(self, block: FFNBlock, evidence: Evidence, fit: NeuronFit, keep: KeptRows, context: Context) -> NeuronFit:
         """``fit`` with its neurons moved, where that helps; why not is kept for :meth:`run`."""

@@ -166,6 +166,11 @@ class Streams:
             self._resume.save(found.fit, found.held_out, found.beside)
         return found
 
+    def pass_by(self, block: FFNBlock, *, inputs: bool, neurons: bool, weight: str, target: Target | Sum) -> None:
+        """Go through the feeds for nothing but what later blocks see, to the last bit as behind :meth:`evidence`."""
+        for _ in self._rows(block, inputs, neurons, weight, target, ()):
+            pass
+
     def tokens(self, block: FFNBlock, tensors: Sequence[gs.Tensor], axes: Sequence[int],
                weight: str, finite: Finite) -> Iterator[tuple[list[Array], Array]]:
         """For each feed the values of ``tensors`` as they are now, ``[rows, features]`` each, and the weights of the rows.

@@ -89,8 +89,8 @@ class DistillFFN(Pass):
             return self._refused("the way back is cut by too many nodes that no rule covers", str(error))
         texts = JoinedTexts(model, context.fit) if self.vary else None
         start = {name: constants[name]._values.load().astype(np.float32) for name in student.weights}
-        found = descend(student, start, texts if texts is not None and texts.any else None, context, epochs=self.epochs,
-                        rate=self.rate, progress=lambda message: context.progress(f"{self.name}: {message}"))
+        found = descend(student, start, texts if texts is not None and texts.any else None, model, context,
+                        epochs=self.epochs, rate=self.rate, progress=lambda message: context.progress(f"{self.name}: {message}"))
         notes = _where(model, student)
         if len(student.weights) < len(constants):
             notes.append(f"{len(constants) - len(student.weights)} of {len(constants)} weights stay: no derivative leads to them")

@@ -24,8 +24,8 @@ class OnDevice:
         self._held: dict[str, Any] = {}
 
     def hold(self, inputs: Mapping[str, Any]) -> None:
-        """Take these inputs along in every run from now on."""
-        self._held = {name: self._value(name, array) for name, array in inputs.items()}
+        """Take these inputs along in every run from now on, in the place of those held under the same names."""
+        self._held |= {name: self.value(name, array) for name, array in inputs.items()}
 
     def __call__(self, feed: Mapping[str, Any], names: Sequence[str], *, of: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run once; what of ``feed`` the session does not take is left out.
@@ -39,7 +39,7 @@ class OnDevice:
         """
         binding = self._session.raw.io_binding()
         with complaints(self._session.name, "run", name_of(feed if of is None else of)):
-            given = {name: self._value(name, array) for name, array in feed.items() if name in self._kinds} | self._held
+            given = self._held | {name: self.value(name, array) for name, array in feed.items() if name in self._kinds}
             for name, value in given.items():  # alive until the run is over
                 binding.bind_ortvalue_input(name, value)
             for name in names:
@@ -48,5 +48,6 @@ class OnDevice:
             binding.synchronize_outputs()
             return dict(zip(names, binding.get_outputs(), strict=True))
 
-    def _value(self, name: str, array: Any) -> Any:
+    def value(self, name: str, array: Any) -> Any:
+        """``array`` where the input ``name`` is wanted; it must not change while that is in use. An ``OrtValue`` stays."""
         return device_value(array, self._kinds[name], self._session.device_of(name)) if hasattr(array, "ndim") else array

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime import Feed, Feeds
+from ...graph.model import Model
+from ...runtime import Feed
 from ..base import Context
-from ..fitting.adam import adam_step, falling
+from ..fitting.adam import falling
+from .batches import Batches
 from .joined_texts import JoinedTexts
+from .steps import Steps
 from .student import Student
 
 Array = npt.NDArray[Any]
 Weights = dict[str, Array]
 _RISE = 50  # steps until the rate is reached
-_MOST_THREADS = 8
 _SPARSE = 0.05  # of a matrix: so many zeros were put there, and stay
-_ROWS = 4  # sentences or images that a step sees at least
 
 
 @dataclass
@@ -41,13 +40,14 @@ class Descent:
     epochs: int = 0
 
 
-def descend(student: Student, start: Weights, texts: JoinedTexts | None, context: Context, *, epochs: int, rate: float,
-            progress: Callable[[str], None]) -> Descent:
+def descend(student: Student, start: Weights, texts: JoinedTexts | None, model: Model, context: Context, *, epochs: int,
+            rate: float, progress: Callable[[str], None]) -> Descent:
     """Go ``epochs`` times through the feeds to fit to.
 
     Args:
         start: float32, by name; stays as it is.
         texts: makes other texts of those of the feeds; None: the feeds as they are.
+        model: the student's, of which its inputs are read.
         rate: the size of a step at its largest, as a part of the root mean square of its matrix.
 
     Returns:
@@ -56,68 +56,52 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, context
     """
     assert context.fit is not None
     assert context.choose is not None
-    feeds, now = context.fit, {name: start[name].copy() for name in student.weights}
-    first, second = ({name: np.zeros_like(array) for name, array in now.items()} for _ in range(2))
-    sizes = _sizes(now)
-    together = max(1, -(-_ROWS // _rows(feeds)))
-    steps = epochs * -(-len(feeds) // together)
-    student.move_to(now)
+    start = {name: start[name] for name in student.weights}
+    steps = Steps(start, {name: array != 0 for name, array in start.items()
+                          if array.ndim > 1 and np.mean(array == 0) > _SPARSE}, context)
+    student.move_to(steps.weights)
     judging = [feed for feed in context.choose if np.isfinite(student.loss(feed))]
-    before = loss_on(student, judging, now)
-    zeros = {name: array == 0 for name, array in now.items() if array.ndim > 1 and np.mean(array == 0) > _SPARSE}
-    found = Descent(dict(start), before, before)
-    done, step = 0, 0
+    before = loss_on(student, judging, steps.weights)
+    batches = Batches(model, context.fit, texts, student, context.provider)
+    sizes, most = _sizes(start), epochs * len(batches)
+    found, done, last = Descent(dict(start), before, before), 0, before
     held = None if context.resume is None else context.resume.load_arrays()
     if held is not None and float(held["before"]) == before:
-        done, step = int(held["done"]), int(held["step"])
-        found = Descent({name: held[f"best.{name}"] for name in now}, before, float(held["after"]), int(held["epochs"]))
-        for target, kind in ((now, "now"), (first, "first"), (second, "second")):
-            target.update({name: held[f"{kind}.{name}"] for name in now})
+        done, last = int(held["done"]), float(held["last"])
+        found = Descent({name: held[f"best.{name}"] for name in start}, before, float(held["after"]), int(held["epochs"]))
+        steps.restore({(kind, name): held[f"{kind}.{name}"] for kind, name in steps.state()}, int(held["steps"]))
     for epoch in range(done, epochs):
         random = np.random.default_rng(epoch)
-        order = random.permutation(len(feeds))
-        for begin in range(0, len(order), together):
-            progress(f"epoch {epoch + 1} of {epochs}, feed {begin + 1} of {len(feeds)}, loss {found.after:.4g}, "
-                     f"at first {before:.4g}")
-            gradient = _gradient(student, feeds, order[begin:begin + together].tolist(), texts, random, now)
-            for name in zeros.keys() & gradient.keys():
-                gradient[name][zeros[name]] = 0
-            size = rate * falling(step, steps, min(_RISE, max(1, steps // 10)))
-            step += 1
-            _step(gradient, now, first, second, {name: size * sizes[name] for name in gradient}, step)
-        lost = loss_on(student, judging, now)
-        if lost < found.after:
-            found = Descent({name: array.copy() for name, array in now.items()}, before, lost, epoch + 1)
-        if context.resume is not None:
-            context.resume.save_arrays({
-                "before": np.asarray(before),
-                "done": np.asarray(epoch + 1), "step": np.asarray(step), "after": np.asarray(found.after),
-                "epochs": np.asarray(found.epochs),
-                **{f"{kind}.{name}": array for kind, arrays in (("now", now), ("first", first), ("second", second),
-                                                                ("best", found.weights)) for name, array in arrays.items()}})
+        for number, feeds in enumerate(batches.of_epoch(random)):
+            progress(f"epoch {epoch + 1} of {epochs}, step {number + 1} of {len(batches)}, loss {last:.4g}, best "
+                     f"{found.after:.4g}, at first {before:.4g}")
+            student.move_to(steps.weights)
+            for feed in feeds:
+                student.add(feed)
+            size = rate * falling(steps.done, most, min(_RISE, max(1, most // 10)))
+            steps.step(student.gradient(), 1 / len(feeds), {name: size * sizes[name] for name in start})
+        last = loss_on(student, judging, steps.weights)
+        if last < found.after or context.resume is not None:
+            state = steps.state()
+            if last < found.after:
+                found = Descent({name: state["weight", name] for name in start}, before, last, epoch + 1)
+            if context.resume is not None:
+                context.resume.save_arrays(_record(found, state, {"done": epoch + 1, "last": last, "steps": steps.done}))
     return found
 
 
-def loss_on(student: Student, feeds: Sequence[Feed], weights: Weights) -> float:
+def loss_on(student: Student, feeds: Sequence[Feed], weights: Mapping[str, Any]) -> float:
     """The mean loss over ``feeds``; infinite where one of them gives no number, or there is none."""
     student.move_to(weights)
     return float(np.mean([student.loss(feed) for feed in feeds])) if feeds else np.inf
 
 
-def _gradient(student: Student, feeds: Feeds, chosen: Sequence[int], texts: JoinedTexts | None, random: np.random.Generator,
-              weights: Weights) -> Weights:
-    """The mean over the feeds ``chosen``; nothing where one of them gives no number."""
-    student.move_to(weights)
-    for number in chosen:
-        feed = feeds[int(number)]
-        student.add(feed if texts is None else texts.of(feed, random))
-    return {name: each / np.float32(len(chosen)) for name, each in student.gradient().items()}
-
-
-def _step(gradient: Weights, now: Weights, first: Weights, second: Weights, rates: dict[str, float], step: int) -> None:
-    """One step of all weights; NumPy computes without the lock of the interpreter, so they go beside each other."""
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda name: adam_step(now[name], gradient[name], first[name], second[name], step, rates[name]), gradient))
+def _record(found: Descent, state: Mapping[tuple[str, str], Array], numbers: Mapping[str, float]) -> Weights:
+    """What is needed to go on from here."""
+    numbers = {**numbers, "before": found.before, "after": found.after, "epochs": found.epochs}
+    return {**{name: np.asarray(value) for name, value in numbers.items()},
+            **{f"{kind}.{name}": array for (kind, name), array in state.items()},
+            **{f"best.{name}": array for name, array in found.weights.items()}}
 
 
 def _sizes(weights: Weights) -> dict[str, float]:
@@ -126,8 +110,3 @@ def _sizes(weights: Weights) -> dict[str, float]:
     matrices = [sizes[name] for name, array in weights.items() if array.ndim > 1]
     usual = float(np.median(matrices)) if matrices else 0.0
     return {name: size if weights[name].ndim > 1 else max(size, usual) for name, size in sizes.items()}
-
-
-def _rows(feeds: Feeds) -> int:
-    """How many sentences or images a feed has."""
-    return max(1, min((len(value) for value in feeds[0].values() if isinstance(value, np.ndarray) and value.ndim > 1), default=1))

@@ -42,8 +42,8 @@ class JoinedTexts:
                     self._rows[name] += [row[free] for row, free in zip(feed[name], loose, strict=True) if free.any()]
         self.any = any(self._rows.values())
 
-    def of(self, feed: Mapping[str, Any], random: np.random.Generator) -> dict[str, Any]:
-        """A feed like ``feed`` with other texts in it."""
+    def of(self, feed: Mapping[str, Any], random: np.random.Generator, share: float = _JOINED) -> dict[str, Any]:
+        """A feed like ``feed`` with other texts in it, joined in the part ``share`` of the rows."""
         found = dict(feed)
         for name, count in self._words.items():
             loose = loose_tokens(feed, name, self._fixed[name])
@@ -52,7 +52,7 @@ class JoinedTexts:
             found[name] = ids = feed[name].copy()
             for row, free in zip(ids, loose, strict=True):
                 places = np.flatnonzero(free)
-                if len(places) and random.random() < _JOINED:
+                if len(places) and random.random() < share:
                     row[places] = self._joined(name, len(places), random)
                 others = places[random.random(len(places)) < _REPLACED * random.random()]
                 row[others] = random.integers(0, count, len(others))

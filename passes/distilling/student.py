@@ -60,17 +60,17 @@ class Student:
         given = {_target(end) for end in path.ends} | {_row_weight(end) for end in path.ends}
         self._session = OnDevice(open_session(
             trial, provider=context.provider, threads=context.threads, outputs=[*losses, *gradients.values()],
-            inputs=dict.fromkeys([*given, *gradients, *self._sums.values()], onnx.TensorProto.FLOAT)))
+            inputs=dict.fromkeys([*given, *gradients, *self._sums.values()], onnx.TensorProto.FLOAT), use_tf32=True))
         self._teacher = OnDevice(open_session(original, provider=context.provider, threads=context.threads,
-                                              outputs=list(path.ends), only=True))
+                                              outputs=list(path.ends), only=True, use_tf32=True))
         self._gradients = gradients
-        self._zero = {_so_far(name): np.zeros(_shape_of(model, name), np.float32) for name in gradients}
+        self._session.hold({_so_far(name): np.zeros(_shape_of(model, name), np.float32) for name in gradients})
         self._sum: dict[str, Any] = {}
         self._failed = False
 
-    def move_to(self, weights: Mapping[str, Array]) -> None:
-        """Let the weights be these from now on; they may change only before the next call of this. The sum begins anew."""
-        self._session.hold({name: weights[name] for name in self.weights} | self._zero)
+    def move_to(self, weights: Mapping[str, Any]) -> None:
+        """Let the weights be these from now on, ``OrtValue``s or arrays that stay as they are. The sum begins anew."""
+        self._session.hold({name: weights[name] for name in self.weights})
         self._sum = {}
         self._failed = False
 
@@ -91,14 +91,17 @@ class Student:
         else:
             self._failed = True
 
-    def gradient(self) -> dict[str, Array]:
-        """The sum; nothing where no feed was added, one had no loss, or it has numbers that are not finite."""
-        found = {name: to_array(value) for name, value in self._sum.items()}
-        return found if not self._failed and all(np.isfinite(each).all() for each in found.values()) else {}
+    def gradient(self) -> dict[str, Any]:
+        """The sum, ``OrtValue``s by name; nothing where no feed was added or one had no loss."""
+        return {} if self._failed else dict(self._sum)
+
+    def targets(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """What the original gives at the ends, ``OrtValue``s by name."""
+        return self._teacher(feed, self.ends)
 
     def _run(self, feed: Mapping[str, Any], more: Mapping[str, Any], wanted: list[str]) -> tuple[float, dict[str, Any]]:
         padding = Padding(feed)
-        targets = self._teacher(feed, self.ends)
+        targets = self.targets(feed)
         given: dict[str, Any] = {**feed, **more}
         for end, target in targets.items():
             if target.element_type() != onnx.TensorProto.FLOAT:

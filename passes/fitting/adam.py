@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-_MEMORY = (0.9, 0.99)  # of the two running means
+MEMORY = (0.9, 0.99)  # of the two running means
+TINY = 1e-12
 
 
 def falling(step: int, steps: int, rise: int) -> float:
@@ -29,13 +30,13 @@ def adam_step(matrix: Array, gradient: Array, first: Array, second: Array, step:
     """
     work = np.square(gradient)
     work -= second
-    work *= np.float32(1 - _MEMORY[1])
+    work *= np.float32(1 - MEMORY[1])
     second += work
     gradient -= first
-    gradient *= np.float32(1 - _MEMORY[0])
+    gradient *= np.float32(1 - MEMORY[0])
     first += gradient
-    np.sqrt(np.divide(second, np.float32(1 - _MEMORY[1] ** step), out=work), out=work)
-    work += np.float32(1e-12)
+    np.sqrt(np.divide(second, np.float32(1 - MEMORY[1] ** step), out=work), out=work)
+    work += np.float32(TINY)
     np.divide(first, work, out=work)
-    work *= np.float32(rate / (1 - _MEMORY[0] ** step))
+    work *= np.float32(rate / (1 - MEMORY[0] ** step))
     matrix -= work

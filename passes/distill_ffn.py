@@ -17,7 +17,6 @@ from ..graph.gradient.tape import NoDerivativeError
 from ..graph.model import Model
 from .base import Context, Pass, PassResult, Refused
 from .distilling.descent import descend
-from .distilling.joined_texts import JoinedTexts
 from .distilling.student import Student, why_no_student
 
 _WORTH = 0.99  # of the loss before, which the feeds that choose must see less than
@@ -34,9 +33,9 @@ class DistillFFN(Pass):
     Passes fit one block after the other, from what goes into a block to what should come out. This one goes through the whole
     graph: its derivatives are written as more nodes of it, which ONNX Runtime runs, so that no training framework is needed; the
     original model says what is right, so that no labels are. Adam goes ``epochs`` times through the feeds; a step moves a number
-    by about ``rate`` times the root mean square of its matrix. With ``vary=true`` it seldom sees a text twice (see
-    :mod:`joined_texts`). The weights after the epoch that lost least on the feeds that choose are kept, where that is less than
-    before.
+    by about ``rate`` times the root mean square of its matrix. With ``vary=true`` it seldom sees a text or a picture
+    twice (see :mod:`joined_texts`, :mod:`varied_pictures`). The weights after the epoch that lost least on the feeds that choose
+    are kept, where that is less than before.
 
     The original is the model as it was before the first approximate pass of the plan, or the file ``teacher``. ``weights=new``
     moves the matrices and vectors that it does not have (by name), ``weights=all`` those of all other linears (MatMul, Gemm, the
@@ -56,7 +55,7 @@ class DistillFFN(Pass):
     epochs: int = field(default=8, metadata={"help": "how often it goes through the feeds"})
     rate: float = field(default=0.004, metadata={"help": "size of a step at its largest, as a part of that of a matrix"})
     teacher: str = field(default="", metadata={"help": "file of the original model, where the plan does not begin with it"})
-    vary: bool = field(default=True, metadata={"help": "make other texts of those of the feeds"})
+    vary: bool = field(default=True, metadata={"help": "make other texts and pictures of those of the feeds"})
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -87,10 +86,9 @@ class DistillFFN(Pass):
             student = Student(model, original, list(constants), context)
         except NoDerivativeError as error:
             return self._refused("the way back is cut by too many nodes that no rule covers", str(error))
-        texts = JoinedTexts(model, context.fit) if self.vary else None
         start = {name: constants[name]._values.load().astype(np.float32) for name in student.weights}
-        found = descend(student, start, texts if texts is not None and texts.any else None, model, context,
-                        epochs=self.epochs, rate=self.rate, progress=lambda message: context.progress(f"{self.name}: {message}"))
+        found = descend(student, start, model, context, epochs=self.epochs, rate=self.rate, vary=self.vary,
+                        progress=lambda message: context.progress(f"{self.name}: {message}"))
         notes = _where(model, student)
         if len(student.weights) < len(constants):
             notes.append(f"{len(constants) - len(student.weights)} of {len(constants)} weights stay: no derivative leads to them")

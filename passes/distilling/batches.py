@@ -18,6 +18,7 @@ from ...runtime import Feeds
 from ...runtime.specs import input_specs
 from .joined_texts import JoinedTexts
 from .student import Student
+from .varied_pictures import VariedPictures
 
 Feed = Mapping[str, Any]
 _SAME = 0.01
@@ -29,16 +30,19 @@ class Batches:
     """Feeds for steps.
 
     Args:
-        texts: makes other texts of those of the feeds; None: the feeds as they are.
         student: is asked what it can take; its weights have to be set.
+        vary: make other texts and pictures of those of the feeds.
 
     Attributes:
         together: how many feeds a step sees.
         stacked: whether they may be put together.
     """
 
-    def __init__(self, model: Model, feeds: Feeds, texts: JoinedTexts | None, student: Student, provider: str) -> None:
-        self._feeds, self._texts = feeds, texts
+    def __init__(self, model: Model, feeds: Feeds, student: Student, provider: str, *, vary: bool) -> None:
+        self._feeds = feeds
+        texts, pictures = JoinedTexts(model, feeds), VariedPictures(model, feeds)
+        self._texts = texts if vary and texts.any else None
+        self._pictures = pictures if vary and pictures.any else None
         self.together = max(1, -(-_ROWS // _rows(feeds[0])))
         self.stacked = self.together > 1 and _open_ended(model) and self._fit(student, provider)
 
@@ -50,14 +54,14 @@ class Batches:
         """For each step the feeds to run."""
         order = random.permutation(len(self._feeds)).tolist()
         for begin in range(0, len(order), self.together):
-            feeds = [self._feeds[number] for number in order[begin:begin + self.together]]
-            if self._texts is None:
-                yield self._put_together(feeds)
-            elif self.stacked:
-                copies = (self._texts.of(feeds[0], random, 1.0) for _ in feeds[1:])
-                yield self._put_together([self._texts.of(feeds[0], random), *copies])
-            else:
-                yield [self._texts.of(feed, random) for feed in feeds]
+            feeds: list[Feed] = [self._feeds[number] for number in order[begin:begin + self.together]]
+            if self._texts is not None:
+                texts = self._texts
+                feeds = [texts.of(feeds[0], random), *(texts.of(feeds[0], random, 1.0) for _ in feeds[1:])] if self.stacked else \
+                    [texts.of(feed, random) for feed in feeds]
+            if self._pictures is not None:
+                feeds = [self._pictures.of(feed, random) for feed in feeds]
+            yield self._put_together(feeds)
 
     def _put_together(self, feeds: Sequence[Feed]) -> list[Feed]:
         """One feed for each shape."""

@@ -14,7 +14,6 @@ from ...runtime import Feed
 from ..base import Context
 from ..fitting.adam import falling
 from .batches import Batches
-from .joined_texts import JoinedTexts
 from .steps import Steps
 from .student import Student
 
@@ -40,15 +39,15 @@ class Descent:
     epochs: int = 0
 
 
-def descend(student: Student, start: Weights, texts: JoinedTexts | None, model: Model, context: Context, *, epochs: int,
-            rate: float, progress: Callable[[str], None]) -> Descent:
+def descend(student: Student, start: Weights, model: Model, context: Context, *, epochs: int, rate: float, vary: bool,
+            progress: Callable[[str], None]) -> Descent:
     """Go ``epochs`` times through the feeds to fit to.
 
     Args:
         start: float32, by name; stays as it is.
-        texts: makes other texts of those of the feeds; None: the feeds as they are.
         model: the student's, of which its inputs are read.
         rate: the size of a step at its largest, as a part of the root mean square of its matrix.
+        vary: make other texts and pictures of those of the feeds.
 
     Returns:
         The weights after the epoch, or before the first, that lost least on those of the feeds that choose where a loss can be
@@ -62,7 +61,7 @@ def descend(student: Student, start: Weights, texts: JoinedTexts | None, model: 
     student.move_to(steps.weights)
     judging = [feed for feed in context.choose if np.isfinite(student.loss(feed))]
     before = loss_on(student, judging, steps.weights)
-    batches = Batches(model, context.fit, texts, student, context.provider)
+    batches = Batches(model, context.fit, student, context.provider, vary=vary)
     sizes, most = _sizes(start), epochs * len(batches)
     found, done, last = Descent(dict(start), before, before), 0, before
     held = None if context.resume is None else context.resume.load_arrays()

@@ -8,7 +8,6 @@ from ffn_graphs import Sketch
 from ffnfold.graph.model import Model
 from ffnfold.passes.base import Context
 from ffnfold.passes.distilling.batches import Batches
-from ffnfold.passes.distilling.joined_texts import JoinedTexts
 from ffnfold.passes.distilling.steps import Steps
 from ffnfold.passes.distilling.student import Student
 from ffnfold.passes.fitting.adam import adam_step
@@ -88,7 +87,7 @@ def batches(tmp_path, feeds, *, joined: bool, rows: str | int = "batch", fixed: 
     given = Feeds.of(feeds)
     student = Student(model, model.copy(), ["w"], Context(given, given))
     student.move_to({"w": np.ones((D, D), np.float32)})
-    return Batches(model, given, JoinedTexts(model, given) if joined else None, student, "cpu")
+    return Batches(model, given, student, "cpu", vary=joined)
 
 
 def rows_of(*lengths: int) -> list[dict[str, np.ndarray]]:

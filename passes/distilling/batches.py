@@ -16,9 +16,9 @@ from ...graph.errors import InputError
 from ...graph.model import Model
 from ...runtime import Feeds
 from ...runtime.specs import input_specs
+from ..fitting.varied_pictures import VariedPictures
 from .joined_texts import JoinedTexts
 from .student import Student
-from .varied_pictures import VariedPictures
 
 Feed = Mapping[str, Any]
 _SAME = 0.01

@@ -2,9 +2,10 @@
 
 What limits a fit is not the number of tokens but of different sentences: in the last blocks all tokens of a sentence are much
 alike. In a varied copy of a feed a part of its tokens is replaced by others of the vocabulary, drawn evenly, so that words and
-contexts appear that the feeds do not hold. Tokens that stand in most rows (the first, separators) and padding stay.
+contexts appear that the feeds do not hold. Tokens that stand in most rows (the first, separators) and padding stay. Of pictures
+see :mod:`varied_pictures`.
 
-Inputs that are no tokens stay as they are; a model without token inputs has no varied copies.
+Inputs that are neither stay as they are; a model without tokens and pictures has no varied copies.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ...graph.edit import consumers
 from ...graph.model import Model
 from ...runtime import Feeds
 from ...runtime.padding import Padding
+from .varied_pictures import VariedPictures
 
 Array = npt.NDArray[Any]
 SHARE = 0.2  # of the tokens that are replaced
@@ -64,10 +66,12 @@ def varied(model: Model, feeds: Feeds, copies: int) -> Feeds:
     """``feeds``, and behind them ``copies`` varied copies of all of them; ``feeds`` alone where none can be made."""
     words = token_inputs(model) if copies else {}
     fixed = {name: in_most_rows(feeds, name) for name in words}
-    if not words:
+    pictures = VariedPictures(model, feeds) if copies else None
+    if not words and (pictures is None or not pictures.any):
         return feeds
     loaders: list[Any] = [partial(feeds.__getitem__, number) for number in range(len(feeds))]
-    loaders += [partial(_vary, feeds, number, copy, words, fixed) for copy in range(copies) for number in range(len(feeds))]
+    loaders += [partial(_vary, feeds, number, copy, words, fixed, pictures) for copy in range(copies)
+                for number in range(len(feeds))]
     return Feeds(loaders, synthetic=feeds.synthetic)
 
 
@@ -100,9 +104,10 @@ def loose_tokens(feed: Mapping[str, Any], name: str, fixed: Array) -> Array | No
     return loose
 
 
-def _vary(feeds: Feeds, number: int, copy: int, words: dict[str, int], fixed: dict[str, Array]) -> dict[str, Any]:
-    feed = dict(feeds[number])
+def _vary(feeds: Feeds, number: int, copy: int, words: dict[str, int], fixed: dict[str, Array],
+          pictures: VariedPictures | None) -> dict[str, Any]:
     random = np.random.default_rng((number, copy))
+    feed = dict(feeds[number]) if pictures is None else pictures.of(feeds[number], random)
     for name, count in words.items():
         loose = loose_tokens(feed, name, fixed[name])
         if loose is not None:

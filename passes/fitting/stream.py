@@ -26,7 +26,9 @@ from ...graph.sort import reads
 from ...graph.types import numpy_type
 from ...runtime import Feeds, open_session
 from ...runtime.capture import as_rows
+from ...runtime.feeds import Feed, NamedFeed, name_of
 from ...runtime.padding import Padding
+from ...runtime.specs import input_specs
 from ..base import Context
 
 Array = npt.NDArray[Any]
@@ -47,6 +49,8 @@ class Stream:
         self._folder = tempfile.TemporaryDirectory(prefix="ffnfold-")
         self._kept: dict[str, int] = {}  # name → element type of the frontier
         self._numbers: dict[str, int] = {}
+        self._seen: dict[int, tuple[Feed, Padding]] = {}
+        self._optional = {spec.name for spec in input_specs(model) if spec.optional}
         self._done: dict[int, gs.Node] = {}  # the nodes themselves, so that no other takes their identity
 
     def __enter__(self) -> Stream:
@@ -78,13 +82,14 @@ class Stream:
         taken = {spec.name for spec in session.inputs}
         kinds = {spec.name: spec.element_type for spec in session.outputs if spec.is_tensor and spec.dtype != object}
         frontier = [name for name in frontier if name in kinds]
-        for number, feed in enumerate(self._feeds):
+        begins = any(spec.name not in known and not spec.optional for spec in session.inputs)
+        for number in range(len(self._feeds)):
+            feed, padding = self._feed(number, whole=begins)
             given = {name: array for name, array in feed.items() if name in taken and name not in known}
             given |= {name: self._load(number, name) for name in known if name in taken}
             values = session.run(given, wanted, of=feed)
             for name in frontier:
                 self._save(number, name, values[name])
-            padding = Padding(feed)
             yield [as_rows(values[name], axis, padding) for name, axis in zip(tensors, axes, strict=True)]
         self._kept |= {name: kinds[name] for name in frontier}
         self._drop_passed()
@@ -103,6 +108,15 @@ class Stream:
                     pending += node.outputs
                     for tensor in node.outputs:
                         self._kept.pop(tensor.name, None)
+
+    def _feed(self, number: int, *, whole: bool) -> tuple[Feed, Padding]:
+        """A feed and its padding; with ``whole`` said to be false only its name and what may be left out, once it was seen."""
+        if whole or number not in self._seen:
+            feed = self._feeds[number]
+            others = {name: array for name, array in feed.items() if name in self._optional}
+            self._seen[number] = NamedFeed(others, name_of(feed) or f"feed {number}"), Padding(feed)
+            return feed, self._seen[number][1]
+        return self._seen[number]
 
     def _visit(self, names: Sequence[str]) -> list[gs.Node]:
         """The nodes to run for ``names``, which are done from now on."""

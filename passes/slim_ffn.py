@@ -79,6 +79,8 @@ class SlimFFN(BlockPass):
     target: Literal["stream", "block"] = field(default="stream", metadata={"help": "what is fitted to"})
     refine: int = field(default=4, metadata={"help": "how often gradient descent goes through the tokens to move what stays"})
     vary: int = field(default=0, metadata={"help": "varied copies of each feed to fit on beside it"})
+    held_out: Literal["each", "runs"] = field(default="each", metadata={
+        "help": "what chooses the ridge: each fifth feed, or each fifth of 25 runs of neighbouring ones"})
     spread: Literal["uniform", "sensitivity"] = field(default="uniform", metadata={"help": "how widths differ over blocks"})
     multiple: int = field(default=32, metadata={"help": "widths are rounded up to a multiple of this"})
     widths: str = field(default="", metadata={"help": "neurons that stay in single blocks, e.g. 384@0+2/0@5/96bare@1"})
@@ -152,7 +154,7 @@ class SlimFFN(BlockPass):
         if isinstance(widths, Refused):
             return self.refuse_all(widths, context)
         context.memo[_UNMOVED] = {}
-        with Streams(model, context, self.vary) as streams:
+        with Streams(model, context, self.vary, runs=self.held_out == "runs") as streams:
             result = super().run(model, dataclasses.replace(context, streams=streams, widths=widths))
         left: dict[int, str] = context.memo.pop(_UNMOVED)
         notes = [f"the neurons of block {index} were not moved: {reason}" for index, reason in left.items() if reason]

@@ -43,6 +43,7 @@ Target = Literal["stream", "block", "own"]
 Sum = Literal["sum"]  # what a block gives together with its residual
 HELD_OUT = 5  # every fifth feed (or row, where there are few feeds) chooses
 JUDGING = 4  # every fourth of those, where there are feeds enough for two, judges what is fitted to the tokens themselves
+_RUNS = 25  # of neighbouring feeds, every fifth of which chooses, where runs are held out
 
 
 class OutOfTimeError(Exception):
@@ -91,13 +92,15 @@ class Streams:
 
     Args:
         vary: varied copies of the feeds to go through beside them (see :mod:`varied_feeds`).
+        runs: hold out runs of neighbouring feeds, not single ones: what was cut from one picture or text often lies together.
     """
 
-    def __init__(self, model: Model, context: Context, vary: int = 0) -> None:
+    def __init__(self, model: Model, context: Context, vary: int = 0, *, runs: bool = False) -> None:
         assert context.fit is not None
         feeds = varied(model, context.fit, vary)
         self._real = len(context.fit)
         self._feeds = len(feeds)
+        self._together = max(1, self._real // _RUNS) if runs else 1
         self._resume = context.resume
         self._now = Stream(model, feeds, context)
         original, self._residuals = _original(model, context)
@@ -148,10 +151,10 @@ class Streams:
                 continue
             t = t if metric is None else metric.into(t)
             good = found.finite(t, weights, *features)
-            position = np.arange(len(y)) if few else np.full(len(y), number % self._real)
+            position = np.arange(len(y)) if few else np.full(len(y), number % self._real // self._together)
             held = position % HELD_OUT == HELD_OUT - 1
             if keep is not None:
-                enough = self._real >= 2 * HELD_OUT * JUDGING
+                enough = self._real // self._together >= 2 * HELD_OUT * JUDGING
                 judging = held & (position // HELD_OUT % JUDGING == 0) if enough else held
                 taken = good if number < self._real else good & ~judging
                 keep.add(features[0][taken], t[taken], weights[taken], judging[taken])

@@ -17,7 +17,7 @@ from ..passes.quantize_ffn import QuantizeFFN
 from ..passes.remove_ffn import RemoveFFN
 from ..passes.slim_ffn import SlimFFN
 
-MEANING = 8
+MEANING = 9
 """Raised where a candidate comes to stand for something else, so that what is in a cache is measured again."""
 OTHERS = -1
 """The unit that stands for the linears outside FFN blocks, those of attention."""

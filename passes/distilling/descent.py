@@ -13,7 +13,7 @@ from ...graph.model import Model
 from ...runtime import Feed
 from ..base import Context
 from ..fitting.adam import falling
-from .batches import Batches
+from .batches import Batches, rows_in
 from .steps import Steps
 from .student import Student
 
@@ -75,17 +75,18 @@ def descend(student: Student, start: Weights, model: Model, context: Context, *,
             progress(f"epoch {epoch + 1} of {epochs}, step {number + 1} of {len(batches)}, loss {last:.4g}, best "
                      f"{found.after:.4g}, at first {before:.4g}")
             student.move_to(steps.weights)
-            for feed in feeds:
-                student.add(feed)
-            size = rate * falling(steps.done, most, min(_RISE, max(1, most // 10)))
-            steps.step(student.gradient(), 1 / len(feeds), {name: size * sizes[name] for name in start})
+            rows = [rows_in(feed) for feed in feeds]
+            for feed, count in zip(feeds, rows, strict=True):
+                student.add(feed, count / sum(rows))
+            size = rate * falling(epoch * len(batches) + number, most, min(_RISE, max(1, most // 10)))
+            steps.step(student.gradient(), {name: size * sizes[name] for name in start})
         last = loss_on(student, judging, steps.weights)
         if last < found.after or context.resume is not None:
             state = steps.state()
             if last < found.after:
                 found = Descent({name: state["weight", name] for name in start}, before, last, epoch + 1)
             if context.resume is not None:
-                context.resume.save_arrays(_record(found, state, {"done": epoch + 1, "last": last, "steps": steps.done}))
+                context.resume.save_arrays(_record(found, state, {"done": epoch + 1, "last": last, "steps": steps.taken}))
     return found
 
 

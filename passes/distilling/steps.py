@@ -25,9 +25,9 @@ from ..fitting.adam import MEMORY, TINY
 Array = npt.NDArray[Any]
 _FLOAT = onnx.TensorProto.FLOAT
 _MATRICES = ("weight", "gradient", "first", "second", "free")
-_NUMBERS = ("share", "evening", "rate")
+_NUMBERS = ("evening", "rate")
 _NODES = (
-    ("Mul", "gradient free", "moving"), ("Mul", "moving share", "g"),
+    ("Mul", "gradient free", "g"),
     ("ReduceSumSquare", "g", "size"),
     ("Sub", "g first", "a"), ("Mul", "a fresh", "b"), ("Add", "first b", "first_after"),
     ("Mul", "g g", "c"), ("Sub", "c second", "d"), ("Mul", "d fresh_square", "e"), ("Add", "second e", "second_after"),
@@ -45,7 +45,7 @@ class Steps:
 
     Attributes:
         weights: as they are now, ``OrtValue``s by name; those of before a step stay what they were.
-        done: how many steps were taken.
+        taken: how many steps were taken.
     """
 
     def __init__(self, weights: Mapping[str, Array], free: Mapping[str, Array], context: Context) -> None:
@@ -54,42 +54,42 @@ class Steps:
         zeros = {(kind, name): np.zeros_like(array) for name, array in weights.items() for kind in ("first", "second")}
         self.restore({**{("weight", name): array for name, array in weights.items()}, **zeros}, 0)
 
-    def restore(self, state: Mapping[tuple[str, str], Array], done: int) -> None:
-        """Go on from what :meth:`state` gave after ``done`` steps."""
+    def restore(self, state: Mapping[tuple[str, str], Array], taken: int) -> None:
+        """Go on from what :meth:`state` gave after so many steps."""
         by_kind: dict[str, dict[str, Any]] = {"weight": {}, "first": {}, "second": {}}
         for (kind, name), array in state.items():
             by_kind[kind][name] = self._put(kind, array)
         self.weights, self._first, self._second = by_kind.values()
-        self.done = done
+        self.taken = taken
 
     def state(self) -> dict[tuple[str, str], Array]:
         """Copies of all there is: (``weight``, ``first`` or ``second``; name of the weight) → array."""
         kinds = {"weight": self.weights, "first": self._first, "second": self._second}
         return {(kind, name): np.array(to_array(value)) for kind, values in kinds.items() for name, value in values.items()}
 
-    def step(self, gradient: Mapping[str, Any], share: float, rates: Mapping[str, float]) -> bool:
-        """Take one step, or none where there is no gradient or one that is not finite.
+    def step(self, gradient: Mapping[str, Any], rates: Mapping[str, float]) -> bool:
+        """Take one step, or none where there is no gradient, or the sum of its squares is not finite in float32.
 
         Args:
-            gradient: ``OrtValue``s by name, times ``1 / share``.
+            gradient: ``OrtValue``s by name.
             rates: the largest step of one number, by name.
 
         Returns:
             Whether it was taken.
         """
-        self.done += 1
-        evening = np.float32(1 / (1 - MEMORY[1] ** self.done))
+        number = self.taken + 1
+        evening = np.float32(1 / (1 - MEMORY[1] ** number))
         found = {}
         for name in gradient:
             given = {"weight": self.weights[name], "gradient": gradient[name], "first": self._first[name],
-                     "second": self._second[name], "free": self._free[name], "share": np.asarray(share, np.float32),
-                     "evening": np.asarray(evening),
-                     "rate": np.asarray(rates[name] / (1 - MEMORY[0] ** self.done), np.float32)}
+                     "second": self._second[name], "free": self._free[name],
+                     "evening": np.asarray(evening), "rate": np.asarray(rates[name] / (1 - MEMORY[0] ** number), np.float32)}
             found[name] = self._update(given, [*_AFTER, "size"])
         if not found or not all(np.isfinite(to_array(each["size"])).all() for each in found.values()):
             return False
         for name, each in found.items():
             self.weights[name], self._first[name], self._second[name] = (each[output] for output in _AFTER)
+        self.taken = number
         return True
 
     def _put(self, kind: str, array: Array) -> Any:

@@ -82,10 +82,10 @@ class Student:
         """
         return self._run(feed, {}, [])[0]
 
-    def add(self, feed: Mapping[str, Any]) -> None:
-        """Add the gradient of L on one feed to the sum, on the device."""
+    def add(self, feed: Mapping[str, Any], share: float = 1.0) -> None:
+        """Add ``share`` times the gradient of L on one feed to the sum, on the device."""
         loss, found = self._run(feed, {self._sums[name]: value for name, value in self._sum.items()},
-                                list(self._gradients.values()))
+                                list(self._gradients.values()), share)
         if np.isfinite(loss):
             self._sum = {name: found[self._gradients[name]] for name in self.weights}
         else:
@@ -99,7 +99,8 @@ class Student:
         """What the original gives at the ends, ``OrtValue``s by name."""
         return self._teacher(feed, self.ends)
 
-    def _run(self, feed: Mapping[str, Any], more: Mapping[str, Any], wanted: list[str]) -> tuple[float, dict[str, Any]]:
+    def _run(self, feed: Mapping[str, Any], more: Mapping[str, Any], wanted: list[str],
+             share: float = 1.0) -> tuple[float, dict[str, Any]]:
         padding = Padding(feed)
         targets = self.targets(feed)
         given: dict[str, Any] = {**feed, **more}
@@ -109,7 +110,7 @@ class Student:
             counted = row_weights(target, padding) if end not in self._as_logits else even_weights(target, padding)
             if counted is None:
                 return np.inf, {}
-            given |= {_target(end): target, _row_weight(end): counted}
+            given |= {_target(end): target, _row_weight(end): np.asarray(counted * np.float32(share))}
         found = self._session(given, [*self._losses, *wanted], of=feed)
         loss = sum(float(to_array(found[name])) for name in self._losses)
         return (loss if np.isfinite(loss) else np.inf), found

@@ -92,7 +92,8 @@ class Streams:
 
     Args:
         vary: varied copies of the feeds to go through beside them (see :mod:`varied_feeds`).
-        runs: hold out runs of neighbouring feeds, not single ones: what was cut from one picture or text often lies together.
+        runs: hold out runs of neighbouring feeds (25 in all), not single ones: what was cut from one picture or text often lies
+            together.
     """
 
     def __init__(self, model: Model, context: Context, vary: int = 0, *, runs: bool = False) -> None:
@@ -100,7 +101,7 @@ class Streams:
         feeds = varied(model, context.fit, vary)
         self._real = len(context.fit)
         self._feeds = len(feeds)
-        self._together = max(1, self._real // _RUNS) if runs else 1
+        self._runs = min(_RUNS, self._real) if runs else self._real
         self._resume = context.resume
         self._now = Stream(model, feeds, context)
         original, self._residuals = _original(model, context)
@@ -151,10 +152,10 @@ class Streams:
                 continue
             t = t if metric is None else metric.into(t)
             good = found.finite(t, weights, *features)
-            position = np.arange(len(y)) if few else np.full(len(y), number % self._real // self._together)
+            position = np.arange(len(y)) if few else np.full(len(y), number % self._real * self._runs // self._real)
             held = position % HELD_OUT == HELD_OUT - 1
             if keep is not None:
-                enough = self._real // self._together >= 2 * HELD_OUT * JUDGING
+                enough = self._runs >= 2 * HELD_OUT * JUDGING
                 judging = held & (position // HELD_OUT % JUDGING == 0) if enough else held
                 taken = good if number < self._real else good & ~judging
                 keep.add(features[0][taken], t[taken], weights[taken], judging[taken])

@@ -23,7 +23,7 @@ from ...graph.errors import InputError
 from ...runtime import Feeds, Scatter
 from ...runtime.onnx_runtime import onnx_runtime
 
-MEANING = 4
+MEANING = 5
 """Raised where a fit comes to compute something else, so that no run goes on with numbers of before."""
 
 

@@ -107,7 +107,7 @@ def loose_tokens(feed: Mapping[str, Any], name: str, fixed: Array) -> Array | No
 def _vary(feeds: Feeds, number: int, copy: int, words: dict[str, int], fixed: dict[str, Array],
           pictures: VariedPictures | None) -> dict[str, Any]:
     random = np.random.default_rng((number, copy))
-    feed = dict(feeds[number]) if pictures is None else pictures.of(feeds[number], random)
+    feed = dict(feeds[number]) if pictures is None else pictures.of(feeds[number], random, mix=False)  # others may be held out
     for name, count in words.items():
         loose = loose_tokens(feed, name, fixed[name])
         if loose is not None:

@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_graphsurgeon as gs
 from scipy import ndimage
 
+from ...graph.edit import consumers
 from ...graph.model import Model
 from ...runtime import Feeds
-from ...runtime.specs import input_specs
 
 Array = npt.NDArray[Any]
 _COLOURS = (1, 3, 4)
+_ARITHMETIC = ("Add", "Cast", "Div", "Identity", "Mul", "Pad", "Resize", "Sub", "Transpose")
+_NODES = 64
 _SMALLEST = 16  # pixels of a side
 _DRAWN = 0.8  # of the pictures
 _SCALES = 0.4, 1.25  # of a side that is seen
@@ -34,7 +37,8 @@ class VariedPictures:
     """Makes them.
 
     Args:
-        model: says which inputs are pictures: of a floating type, [rows, colours, height, width] or colours last.
+        model: says which inputs are pictures: what a convolution reads, of a floating type, [rows, colours, height, width] or
+            colours last.
         feeds: whose pictures.
 
     Attributes:
@@ -44,35 +48,59 @@ class VariedPictures:
     def __init__(self, model: Model, feeds: Feeds) -> None:
         self._feeds = feeds
         self._colours: dict[str, int] = {}
-        first = feeds[0] if len(feeds) else {}
-        for spec in input_specs(model):
-            array = first.get(spec.name)
-            if isinstance(array, np.ndarray) and spec.floating and array.ndim == 4:
+        for tensor in model.graph.inputs:
+            arrays = (feed.get(tensor.name) for feed in feeds) if _is_convolved(tensor) else iter(())
+            array = next((each for each in arrays if isinstance(each, np.ndarray)), None)
+            if array is not None and array.dtype.kind == "f" and array.ndim == 4:
                 for colours, height, width in ((1, 2, 3), (3, 1, 2)):
                     if array.shape[colours] in _COLOURS and min(array.shape[height], array.shape[width]) >= _SMALLEST:
-                        self._colours.setdefault(spec.name, colours - 1)
+                        self._colours.setdefault(tensor.name, colours - 1)
         self.any = bool(self._colours)
 
-    def of(self, feed: Mapping[str, Any], random: np.random.Generator) -> dict[str, Any]:
-        """A feed like ``feed`` with other pictures in it."""
+    def of(self, feed: Mapping[str, Any], random: np.random.Generator, *, mix: bool = True) -> dict[str, Any]:
+        """A feed like ``feed`` with other pictures in it.
+
+        Args:
+            mix: some are mixed with pictures of other feeds.
+        """
         found = dict(feed)
         for name, colours in self._colours.items():
-            found[name] = np.stack([self._varied(name, np.moveaxis(picture, colours, 0), random) for picture in feed[name]])
-            found[name] = np.ascontiguousarray(np.moveaxis(found[name], 1, colours + 1), feed[name].dtype)
+            if _has_rows(feed.get(name)):
+                made = np.stack([self._varied(name, np.moveaxis(picture, colours, 0), random, mix) for picture in feed[name]])
+                found[name] = np.ascontiguousarray(np.moveaxis(made, 1, colours + 1), feed[name].dtype)
         return found
 
-    def _varied(self, name: str, picture: Array, random: np.random.Generator) -> Array:
+    def _varied(self, name: str, picture: Array, random: np.random.Generator, mix: bool) -> Array:
         made = _drawn(picture, random)
-        if random.random() < _MIXED:
-            others = self._feeds[int(random.integers(len(self._feeds)))][name]
-            other = np.moveaxis(others[random.integers(len(others))], self._colours[name], 0)
-            if other.shape == picture.shape:
-                part = 0.5 * random.random()
-                made = (1 - part) * made + part * _drawn(other, random)
+        if mix and random.random() < _MIXED:
+            others = self._feeds[int(random.integers(len(self._feeds)))].get(name)
+            if others is not None and _has_rows(others):
+                other = np.moveaxis(others[random.integers(len(others))], self._colours[name], 0)
+                if other.shape == picture.shape:
+                    part = 0.5 * random.random()
+                    made = (1 - part) * made + part * _drawn(other, random)
         if random.random() < _COLOURED:
             size = (len(made), 1, 1)
             made = made * random.uniform(1 - _CONTRAST, 1 + _CONTRAST, size) + made.std() * random.uniform(-_SHIFT, _SHIFT, size)
         return made
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and len(value) > 0
+
+
+def _is_convolved(tensor: gs.Tensor) -> bool:
+    """Whether a convolution reads it, behind arithmetic at most; masks and pasts have four dimensions as well."""
+    pending, seen = [tensor], 0
+    while pending and seen < _NODES:
+        value = pending.pop()
+        for node in consumers(value):
+            seen += 1
+            if node.op == "Conv" and node.inputs[0] is value:
+                return True
+            if node.op in _ARITHMETIC:
+                pending += node.outputs
+    return False
 
 
 def _drawn(picture: Array, random: np.random.Generator) -> Array:

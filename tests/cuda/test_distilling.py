@@ -58,7 +58,7 @@ def test_steps(provider):
         steps = Steps(start, {}, Context(FIT, CHOOSE, where))
         for seed in range(3):
             gradient = np.random.default_rng(seed).standard_normal((5, 7)).astype(np.float32)
-            assert steps.step({"w": device_value(gradient, TensorProto.FLOAT, where)}, 0.5, {"w": 0.01})
+            assert steps.step({"w": device_value(gradient, TensorProto.FLOAT, where)}, {"w": 0.01})
         states.append(steps.state())
     for key, here in states[0].items():
         np.testing.assert_allclose(states[1][key], here, rtol=1e-4, atol=1e-6)

@@ -37,9 +37,8 @@ def test_steps_are_those_of_numpy():
     for number in range(1, 6):
         gradient = numbers(number)
         rates = {"matrix": 0.1 / number, "vector": 0.01}
-        assert steps.step(values(gradient), 0.5, rates)
+        assert steps.step(values(gradient), rates)
         for name, array in gradient.items():
-            array *= 0.5
             array *= free.get(name, True)
             adam_step(here[name], array, first[name], second[name], number, rates[name])
     found = steps.state()
@@ -47,7 +46,7 @@ def test_steps_are_those_of_numpy():
         np.testing.assert_allclose(found["weight", name], expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found["second", name], second[name], rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(found["weight", "matrix"][~free["matrix"]], weights["matrix"][~free["matrix"]])
-    assert steps.done == 5
+    assert steps.taken == 5
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, None])
@@ -57,21 +56,24 @@ def test_no_step_without_a_finite_gradient(bad):
     gradient = {} if bad is None else numbers(1)
     if gradient:
         gradient["vector"][2] = bad
-    assert not steps.step(values(gradient), 1.0, {"matrix": 0.1, "vector": 0.1})
+    assert not steps.step(values(gradient), {"matrix": 0.1, "vector": 0.1})
     for name, expected in weights.items():
         np.testing.assert_array_equal(to_array(steps.weights[name]), expected)
+    assert steps.taken == 0
+    assert steps.step(values(numbers(1)), {"matrix": 0.1, "vector": 0.1})
+    np.testing.assert_allclose(np.abs(to_array(steps.weights["matrix"]) - weights["matrix"]), 0.1, rtol=1e-4)
 
 
 def test_it_goes_on_where_it_was():
     rates = {"matrix": 0.1, "vector": 0.1}
     whole = Steps(numbers(0), {}, Context())
     for number in range(1, 3):
-        whole.step(values(numbers(number)), 1.0, rates)
-    state, done = whole.state(), whole.done
-    whole.step(values(numbers(3)), 1.0, rates)
+        whole.step(values(numbers(number)), rates)
+    state, done = whole.state(), whole.taken
+    whole.step(values(numbers(3)), rates)
     again = Steps(numbers(7), {}, Context())
     again.restore(state, done)
-    again.step(values(numbers(3)), 1.0, rates)
+    again.step(values(numbers(3)), rates)
     for name in START:
         np.testing.assert_array_equal(to_array(again.weights[name]), to_array(whole.weights[name]))
 
@@ -83,7 +85,10 @@ def batches(tmp_path, feeds, *, joined: bool, rows: str | int = "batch", fixed: 
     x = s.op("Gather", s.weight(s.numbers(WORDS, D)), ids)
     x = s.op("Reshape", x, s.weight(np.array([1, -1, D]))) if fixed else x
     s.op("MatMul", x, s.weight(s.numbers(D, D), "w"), out=s.output("y"))
-    model = Model.load(s.save(tmp_path / "m.onnx"))
+    return of_model(Model.load(s.save(tmp_path / "m.onnx")), feeds, joined=joined)
+
+
+def of_model(model: Model, feeds, *, joined: bool) -> Batches:
     given = Feeds.of(feeds)
     student = Student(model, model.copy(), ["w"], Context(given, given))
     student.move_to({"w": np.ones((D, D), np.float32)})
@@ -119,3 +124,40 @@ def test_a_model_of_one_row_gets_one_row(tmp_path, how):
     [step] = made.of_epoch(np.random.default_rng(0))
     assert not made.stacked
     assert [feed["ids"].shape for feed in step] == [(1, 20)] * 4
+
+
+def test_texts_that_see_each_other_stay_alone(tmp_path):
+    s = Sketch()
+    ids = s.input("ids", ["batch", "tokens"], TensorProto.INT64)
+    x = s.op("Gather", s.weight(s.numbers(WORDS, D)), ids)
+    x = s.op("Add", x, s.op("ReduceMean", x, axes=[0], keepdims=1))
+    s.op("MatMul", x, s.weight(s.numbers(D, D), "w"), out=s.output("y"))
+    assert not of_model(Model.load(s.save(tmp_path / "m.onnx")), rows_of(20, 20, 20, 20), joined=False).stacked
+
+
+def test_the_gradient_of_a_step_is_that_of_its_rows_one_by_one(tmp_path):
+    made = batches(tmp_path, rows_of(20, 20, 24, 20), joined=False)
+    model = Model.load(tmp_path / "m.onnx")
+    start = {"w": np.ones((D, D), np.float32)}
+    student = Student(model, model.copy(), ["w"], Context())
+    [step] = made.of_epoch(np.random.default_rng(0))
+    found = []
+    for feeds in (step, rows_of(20, 20, 24, 20)):
+        student.move_to(start)
+        rows = sum(len(feed["ids"]) for feed in feeds)
+        for feed in feeds:
+            student.add(feed, len(feed["ids"]) / rows)
+        found.append(to_array(student.gradient()["w"]).copy())
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-5 * np.abs(found[1]).max())
+
+
+def test_other_inputs_beside_texts_are_all_seen(tmp_path):
+    s = Sketch()
+    x = s.op("Gather", s.weight(s.numbers(WORDS, D)), s.input("ids", ["batch", "tokens"], TensorProto.INT64))
+    x = s.op("Add", x, s.op("Unsqueeze", s.input("beside", ["batch", D]), s.weight(np.array([1]))))
+    s.op("MatMul", x, s.weight(s.numbers(D, D), "w"), out=s.output("y"))
+    feeds = [{**feed, "beside": np.full((1, D), number, np.float32)} for number, feed in enumerate(rows_of(*[20] * 8))]
+    made = of_model(Model.load(s.save(tmp_path / "m.onnx")), feeds, joined=True)
+    assert made.stacked
+    seen = np.concatenate([feed["beside"][:, 0] for step in made.of_epoch(np.random.default_rng(0)) for feed in step])
+    assert sorted(seen) == list(range(8))

@@ -23,7 +23,7 @@ def numbered(count: int) -> Feeds:
 
 @pytest.mark.parametrize(("count", "runs", "held"), [
     (50, False, lambda number: number % 5 == 4), (50, True, lambda number: number // 2 % 5 == 4),
-    (20, True, lambda number: number % 5 == 4)])
+    (20, True, lambda number: number % 5 == 4), (74, True, lambda number: number * 25 // 74 % 5 == 4)])
 def test_runs_of_neighbours(tmp_path, count, runs, held):
     model = Model.load(transformer(1, D, 32).save(tmp_path / "m.onnx"))
     found = evidence(model, numbered(count), runs=runs)

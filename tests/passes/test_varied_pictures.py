@@ -15,11 +15,17 @@ from onnx import TensorProto
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
 
 
-def pictures(tmp_path, feeds) -> VariedPictures:
+def pictures(tmp_path, feeds, *, convolved: bool = True) -> VariedPictures:
+    """Of a model that takes the feeds, a convolution of one pixel behind each."""
     s = Sketch()
     for name, value in feeds[0].items():
-        kind = TYPES[str(value.dtype)]
-        s.op("Neg", s.input(name, list(value.shape), kind), out=s.output(f"minus {name}", onnx_type=kind))
+        x = s.input(name, list(value.shape), TYPES[str(value.dtype)])
+        x = x if value.dtype == np.float32 else s.op("Cast", x, to=TensorProto.FLOAT)
+        if value.ndim == 4 and value.shape[1] not in (1, 3):
+            x = s.op("Transpose", x, perm=[0, 3, 1, 2])
+        colours = value.shape[3] if value.ndim == 4 and value.shape[1] not in (1, 3) else value.shape[1]
+        kernel = s.weight(s.numbers(2, colours, *[1] * (value.ndim - 2)))
+        s.op(*(("Conv", x, kernel) if convolved else ("Neg", x)), out=s.output(f"of {name}"))
     return VariedPictures(Model.load(s.save(tmp_path / "m.onnx")), Feeds.of(feeds))
 
 
@@ -72,6 +78,32 @@ def test_colours_last_are_those_of_colours_first(tmp_path):
                          ids=["tokens", "heads", "small", "integers"])
 def test_what_is_no_picture(tmp_path, feed):
     assert not pictures(tmp_path, [feed]).any
+
+
+def test_masks_and_pasts_are_no_pictures(tmp_path):
+    assert not pictures(tmp_path, slopes((1, 1, 32, 32)), convolved=False).any
+
+
+def test_feeds_without_a_picture_stay(tmp_path):
+    feeds = [{}, *slopes((1, 3, 20, 24), count=3), {"image": None}, {"image": np.zeros((0, 3, 20, 24), np.float32)}]
+    pictures(tmp_path, feeds[1:2])
+    made = VariedPictures(Model.load(tmp_path / "m.onnx"), Feeds.of(feeds))
+    random = np.random.default_rng(0)
+    assert made.any
+    for _ in range(20):
+        for number in (0, 4, 5):
+            found = made.of(feeds[number], random)
+            assert found.keys() == feeds[number].keys()
+            assert found.get("image") is None or not found["image"].size
+        assert made.of(feeds[1], random)["image"].shape == (1, 3, 20, 24)
+
+
+def test_copies_for_a_fit_mix_no_feeds(tmp_path):
+    feeds = [{"image": np.full((1, 3, 20, 24), number, np.float32)} for number in range(4)]
+    pictures(tmp_path, feeds)
+    found = varied(Model.load(tmp_path / "m.onnx"), Feeds.of(feeds), 8)
+    assert all(feed["image"].std(axis=(0, 2, 3)).max() < 1e-6 for feed in found)
+    assert all(np.abs(feed["image"]).max() == 0 for number, feed in enumerate(found) if number % 4 == 0)
 
 
 def test_copies_for_a_fit(tmp_path):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
-from scipy import ndimage
 
 from ...graph.edit import consumers
 from ...graph.model import Model
@@ -105,6 +104,8 @@ def _is_convolved(tensor: gs.Tensor) -> bool:
 
 def _drawn(picture: Array, random: np.random.Generator) -> Array:
     """``picture`` [colours, height, width] in float32, mirrored or not, a part of it, turned, as large."""
+    from scipy import ndimage  # takes a while to import, and exact passes do without
+
     picture = np.asarray(picture, np.float32)
     picture = picture[:, :, ::-1] if random.random() < 0.5 else picture
     if random.random() >= _DRAWN:

@@ -1,6 +1,6 @@
 """Steps of gradient descent by Adam whose numbers stay on the device: the update is a graph that ONNX Runtime runs.
 
-Copied to the processor and back, the weights, their gradient and its two means would take longer than the gradient itself.
+So neither the weights nor their gradient and its two means are copied to the processor and back at each step.
 
 Source: Adam, arXiv 1412.6980.
 """
